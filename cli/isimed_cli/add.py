@@ -1,0 +1,61 @@
+"""`isimed add`: image files into the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isimed_cli.app import Session, command
+from isimed_cli.options import ReportOption
+
+
+@command("add", example="isimed add images --metadata images/participants.tsv --workers 2", rows=True)
+def add(
+    session: Session,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", exists=True, help="Image files and folders.")],
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Label map of an image, relative to it, such as {stem}_seg.nii.gz."),
+    ] = None,
+    label_names: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, help="CSV or TSV with columns label and name.")
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, help="CSV or TSV joined by scan, or by subject (participant_id)."),
+    ] = None,
+    subject_from: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Finds the subject in a file's stem; BIDS names are understood without."),
+    ] = None,
+    spacing: Annotated[
+        float | None, typer.Option(metavar="MM", min=0.1, help="Resample to this spacing; kept as it is by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Files read at once.")] = 1,
+    report: ReportOption = None,
+) -> None:
+    """Read image files and folders into the store.
+
+    Scans that are there already, by content, are left alone; a file that cannot become a scan is refused and the
+    rest of the batch lands. Makes the store if there is none.
+    """
+    from isimed_cli.batch import added_groups, end_batch, show_batch, write_report
+
+    store = session.open_or_create()
+    with session.progress() as progress:
+        done = store.add(
+            paths,
+            labels=labels,
+            label_names=label_names,
+            metadata=metadata,
+            subject_from=subject_from,
+            spacing_mm=spacing,
+            workers=workers,
+            progress=progress,
+        )
+    groups = added_groups(done)
+    write_report(report, groups, done.refused)
+    show_batch(session, groups, done.refused)
+    end_batch(sum(map(len, groups.values())), done.refused)

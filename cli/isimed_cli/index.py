@@ -1,0 +1,71 @@
+"""`isimed index`: an embedding for every patch, and an index over them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from isimed_cli.app import Format, Session, command
+from isimed_cli.options import DeviceOption, EncoderOption, PathsOption, ReportOption, WhereOption, parse_bytes
+
+
+@command("index", example="isimed index --stride 8 --min-recall 0.98", rows=True)
+def index(
+    session: Session,
+    paths: PathsOption = None,
+    encoder: EncoderOption = None,
+    stride: Annotated[
+        float | None, typer.Option(metavar="MM", min=0.1, help="Distance of patches; the encoder's own by default.")
+    ] = None,
+    where: WhereOption = None,
+    scheduler: Annotated[
+        str, typer.Option(metavar="threads|processes|cuda|ADDRESS", help="Where Dask encodes.")
+    ] = "threads",
+    device: DeviceOption = "auto",
+    min_recall: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Least recall@10 of the index, measured against exact search.")
+    ] = 0.98,
+    max_ram: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Most memory for the index, such as 4G.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after an interruption: always so, said for scripts.")
+    ] = False,
+    report: ReportOption = None,
+) -> None:
+    """Encode every patch and build the index.
+
+    Fits the canonical frame and measures the index's recall against exact search. PATHs are added first.
+    Scans that are encoded already are skipped, so the same command goes on where it stopped.
+    """
+    from isimed_cli.batch import add_first, end_batch, write_report
+    from isimed_cli.render import show_fields
+
+    store, refused_files = add_first(session, paths)
+    with session.progress() as progress:
+        done = store.index(
+            encoder=encoder,
+            stride_mm=stride,
+            where=where,
+            scheduler=scheduler,
+            device=device,
+            min_recall=min_recall,
+            max_ram=max_ram,
+            progress=progress,
+        )
+    refused = [*refused_files, *done.refused]
+    fields: dict[str, Any] = {
+        "encoder": done.encoder,
+        "encoded": list(done.encoded),
+        "skipped": list(done.skipped),
+        "refused": [item.name for item in refused],
+        "patches": done.patches,
+        "recall_at_10": done.recall_at_10,
+        "index_kind": done.index_kind,
+    }
+    write_report(report, fields, refused)
+    if session.format is Format.TABLE:
+        fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
+    show_fields(fields, session.format)
+    end_batch(len(done.encoded) + len(done.skipped), refused)

@@ -1,0 +1,77 @@
+"""`isimed pretrain`: learn an encoder from the scans of the store."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isimed_cli.app import Format, Session, command
+from isimed_cli.options import DeviceOption, PathsOption, WhereOption
+
+
+class Method(StrEnum):
+    """The training objective."""
+
+    ISIMED = "isimed"
+
+
+class Preset(StrEnum):
+    """A whole configuration: the paper's, ours, or one for two CPU cores and five minutes."""
+
+    PAPER = "paper"
+    DEFAULT = "default"
+    TINY = "tiny"
+
+
+@command("pretrain", example="isimed pretrain --preset tiny --where \"split = 'train'\" --seed 0", rows=True)
+def pretrain(
+    session: Session,
+    paths: PathsOption = None,
+    method: Annotated[Method, typer.Option(help="Training objective.")] = Method.ISIMED,
+    preset: Annotated[Preset, typer.Option(help="Configuration to start from.")] = Preset.DEFAULT,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", exists=True, help="Fields that replace the preset's.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Passes over the scans.")] = None,
+    batch_scans: Annotated[int | None, typer.Option(metavar="N", min=1, help="Scans in a batch.")] = None,
+    patches_per_scan: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Random patches of each scan in a batch.")
+    ] = None,
+    device: DeviceOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this training.")] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the encoder.")] = None,
+    where: WhereOption = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random.")] = None,
+) -> None:
+    """Train an encoder on the scans of the store.
+
+    Prints the id of its card. PATHs are added first. The encoder is stored with its card: weights,
+    preprocessing, patch and spacing.
+    """
+    from isimed_cli.batch import add_first, end_batch
+    from isimed_cli.render import show_fields
+
+    store, refused = add_first(session, paths)
+    with session.progress() as progress:
+        card = store.pretrain(
+            method=method.value,
+            preset=preset.value,
+            config=config,
+            epochs=epochs,
+            batch_scans=batch_scans,
+            patches_per_scan=patches_per_scan,
+            device=device,
+            resume=resume,
+            name=name,
+            where=where,
+            seed=seed,
+            progress=progress,
+        )
+    if session.format is Format.TABLE:
+        print(card.id)
+    else:
+        show_fields({"encoder": card.id, "name": card.name}, session.format)
+    end_batch(1, refused)

@@ -1,0 +1,117 @@
+"""Progress on stderr: bars on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from isimed_index.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def progress_on(stream: TextIO, *, shown: bool) -> Iterator[Progress]:
+    """A `Progress` that suits the stream: bars on a terminal, lines in a file or pipe, nothing when not `shown`."""
+    if not shown:
+        yield Silent()
+    elif stream.isatty():
+        bars = Bars(stream)
+        try:
+            yield bars
+        finally:
+            bars.close()
+    else:
+        yield Lines(stream)
+
+
+class Bars:
+    """Bars with count, rate, time left and a note; the task started last is the one that advances."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(file=stream),
+        )
+        self._open: list[TaskID] = []
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        """Show a new bar below the open ones."""
+        self._bars.start()
+        self._open.append(self._bars.add_task(task, total=total, unit=unit, note=""))
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Move the newest bar; an empty note leaves the last one standing."""
+        if note:
+            self._bars.update(self._open[-1], advance=n, note=note)
+        else:
+            self._bars.update(self._open[-1], advance=n)
+
+    def finish(self) -> None:
+        """Close the newest bar and leave it on the screen."""
+        self._bars.stop_task(self._open.pop())
+        if not self._open:
+            self._bars.refresh()
+
+    def close(self) -> None:
+        """Stop drawing, also after an error."""
+        self._bars.stop()
+
+
+class Lines:
+    """One line when a task starts, one every ten seconds, one at its end: readable in a log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._open: list[_Task] = []
+        self._last = 0.0
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        """Remember the task; its first line comes with its first news."""
+        self._open.append(_Task(task, total, unit))
+        self._last = time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count, and print if the last line is ten seconds old."""
+        task = self._open[-1]
+        task.done += n
+        task.note = note or task.note
+        if time.monotonic() - self._last >= LINE_EVERY_S:
+            self._print(task)
+
+    def finish(self) -> None:
+        """Print where the task ended."""
+        self._print(self._open.pop())
+
+    def _print(self, task: _Task) -> None:
+        self._last = time.monotonic()
+        print(task.line(self._last), file=self._stream, flush=True)
+
+
+class _Task:
+    """The state of one task of `Lines`."""
+
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.note, self.began = 0, "", time.monotonic()
+
+    def line(self, now: float) -> str:
+        """Such as `encode: 12/16 scans · 48 s · 310 patches/s`."""
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        parts = [f"{self.name}: {count} {self.unit}", f"{now - self.began:.0f} s", self.note]
+        return " · ".join(part for part in parts if part)

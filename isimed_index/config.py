@@ -1,0 +1,166 @@
+"""One frozen dataclass per verb, read from TOML; a flag overrides a file, an unknown key fails.
+
+defaults of the class  ←  preset (a TOML in the package)  ←  --config FILE.toml  ←  flags
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from isimed_index.errors import ConfigError
+
+Method = Literal["isimed"]
+Preset = Literal["paper", "default", "tiny"]
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """How strongly two views of a place differ; probabilities in 0…1, no view is ever mirrored.
+
+    `rotation_deg` and `scale` (a fraction) bound the pose; `curve_probability` draws a random contrast curve, of which
+    `arbitrary_curve_probability` are not monotone and `invert_probability` are turned upside down; `bias` is the sd of
+    the log of a smooth shading field; `noise` bounds the sd of the noise, in units of the −1…1 intensity range.
+    """
+
+    rotation_deg: float = 10.0
+    scale: float = 0.08
+    curve_probability: float = 0.7
+    arbitrary_curve_probability: float = 0.3
+    invert_probability: float = 0.2
+    bias: float = 0.3
+    noise: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainConfig:
+    """Everything that decides what a pretraining run does; stored with the encoder.
+
+    A step draws `batch_scans` scans, `crops_per_scan` places in each and `views_per_crop` views (cubes of `view_vox`
+    voxels at `spacing_mm`) of each place. The distance objective sees `patches_per_scan` patches of each scan.
+    """
+
+    method: Method = "isimed"
+    network: Literal["valid", "densenet121"] = "valid"
+    width: int = 16
+    embedding_dim: int = 64
+    descriptor_dim: int = 64
+    spacing_mm: float = 2.0
+
+    view_vox: int = 56
+    crops_per_scan: int = 2
+    views_per_crop: int = 2
+    batch_scans: int = 2
+    patches_per_scan: int = 512
+    epochs: int = 20
+    steps_per_epoch: int = 0  # 0: as many as show every scan once
+
+    pairs: Literal["within", "all"] = "within"
+    unit_mm: float = 100.0
+    near_mm: float = 20.0  # 0: every pair counts the same, as in the paper
+    distance_weight: float = 1.0
+    coordinate_weight: float = 1.0
+    descriptor_weight: float = 0.3
+    ignore_mm: float = 14.0
+    temperature: float = 0.1
+
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "exponential"] = "cosine"
+    decay: float = 0.9  # per epoch, for the exponential schedule
+    warmup_steps: int = 30
+    clip_norm: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    cache_gib: float = 2.0
+
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        for name in ("width", "crops_per_scan", "batch_scans", "epochs", "patches_per_scan", "embedding_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} ≥ 1, found {getattr(self, name)}")
+        if self.views_per_crop not in (1, 2):
+            raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
+        if self.view_vox < 32 or (self.view_vox - 32) % 4:
+            raise ConfigError(f"expected view_vox 32, 36, 40, …, found {self.view_vox}")
+        if self.descriptor_weight > 0 and (self.views_per_crop != 2 or self.view_vox == 32):
+            raise ConfigError("the descriptor objective needs two views per crop, each wider than one patch")
+        if self.network == "densenet121" and (self.coordinate_weight or self.descriptor_weight or self.view_vox != 32):
+            raise ConfigError("densenet121 takes single 32³ patches and has neither a coordinate nor a descriptor head")
+        for name in ("spacing_mm", "unit_mm", "learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
+
+
+def pretrain_config(
+    preset: str = "default", file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> PretrainConfig:
+    """Resolve a pretraining configuration: preset, then TOML file, then the overrides that are not None."""
+    names = get_args(Preset)
+    if preset not in names:
+        raise ConfigError(f"expected a preset among {', '.join(names)}, found {preset!r}")
+    text = files("isimed_index").joinpath("pretrain", "presets", f"{preset}.toml").read_text(encoding="utf-8")
+    values = tomllib.loads(text)
+    if file is not None:
+        values = _merged(values, _read_toml(file))
+    values = _merged(values, {key: value for key, value in (overrides or {}).items() if value is not None})
+    return from_mapping(PretrainConfig, values)
+
+
+Config = TypeVar("Config")
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Build a configuration dataclass from plain values; unknown keys and wrong types raise `ConfigError`."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(
+            f"unknown configuration key {where}{unknown[0]}", next_step=f"known keys: {', '.join(sorted(hints))}"
+        )
+    resolved: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"expected a table for {where}{name}, found {value!r}")
+            resolved[name] = from_mapping(hint, value, f"{where}{name}.")
+        else:
+            resolved[name] = _checked(f"{where}{name}", hint, value)
+    return kind(**resolved)
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    choices = get_args(hint)
+    if choices:
+        if value not in choices:
+            raise ConfigError(f"expected {name} among {', '.join(map(str, choices))}, found {value!r}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"expected {name} as {hint.__name__}, found {value!r}")
+    return value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration file {file.name} cannot be read") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file.name} is not TOML: {error}") from error

@@ -1,0 +1,110 @@
+"""The encoder card: everything that changes an embedding, and the id that is its hash. No torch needed to read one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from isimed_index.contracts import validate
+from isimed_index.errors import EncoderMismatch, StoreDamaged
+from isimed_index.scans.prepare import Intensity
+
+CARD = "card.json"
+WEIGHTS = "weights.safetensors"
+Metric = Literal["cosine", "l2"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCard:
+    """How patches become vectors: network, weights, patch, working spacing and intensity scaling.
+
+    `outputs` maps an output's name to its dimension; `match_output` is the one that matches are searched in, compared
+    by `metric`. `name` and `training` say where the encoder came from and do not enter the id.
+    """
+
+    name: str
+    factory: str
+    network: Mapping[str, int]
+    weights_sha256: str
+    patch_vox: int
+    stride_vox: int
+    spacing_mm: float
+    outputs: Mapping[str, int]
+    match_output: str
+    metric: Metric
+    intensity: Intensity = field(default_factory=Intensity)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """First 16 hex digits of the SHA-256 over all fields but `name` and `training`."""
+        fields = self._fields()
+        del fields["name"], fields["training"]
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the output that matches are searched in."""
+        return self.outputs[self.match_output]
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "factory": self.factory,
+            "network": dict(self.network),
+            "weights_sha256": self.weights_sha256,
+            "patch_vox": self.patch_vox,
+            "stride_vox": self.stride_vox,
+            "spacing_mm": self.spacing_mm,
+            "outputs": {
+                name: {"dim": dim, "unit": "mm"} if name == "position" else {"dim": dim}
+                for name, dim in self.outputs.items()
+            },
+            "match_output": self.match_output,
+            "metric": self.metric,
+            "intensity": asdict(self.intensity),
+            "training": dict(self.training),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as stored in `card.json` (schema `card.schema.json`)."""
+        return {"id": self.id, **self._fields()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> EncoderCard:
+        """Read a card; `EncoderMismatch` when its id is not the hash of its content."""
+        validate("card", dict(fields), EncoderMismatch)
+        card = cls(
+            name=fields["name"],
+            factory=fields["factory"],
+            network=fields["network"],
+            weights_sha256=fields["weights_sha256"],
+            patch_vox=fields["patch_vox"],
+            stride_vox=fields["stride_vox"],
+            spacing_mm=fields["spacing_mm"],
+            outputs={name: output["dim"] for name, output in fields["outputs"].items()},
+            match_output=fields["match_output"],
+            metric=cast(Metric, fields["metric"]),
+            intensity=Intensity(**fields["intensity"]),
+            training=fields["training"],
+        )
+        if card.id != fields["id"]:
+            raise EncoderMismatch(
+                f"the encoder card says id {fields['id']}, its content hashes to {card.id}",
+                next_step="restore the card as it was written; cards are not edited by hand",
+            )
+        return card
+
+
+def read_card(directory: Path) -> EncoderCard:
+    """The card of an encoder directory (`card.json` beside `weights.safetensors`)."""
+    try:
+        fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreDamaged(f"the encoder card {CARD} in {directory.name} cannot be read") from error
+    return EncoderCard.from_json(fields)

@@ -1,0 +1,106 @@
+"""Networks that turn patches into embeddings.
+
+`ValidNet` is *exactly convolutional*: unpadded convolutions whose receptive field is the patch and whose total stride
+is the lattice stride. A patch alone, (n, 1, 32, 32, 32) → (n, d, 1, 1, 1), and the same place inside a whole volume
+give the same vector, so one pass over a volume replaces thousands of overlapping patches. A zero-padded network does
+not have this property and has to be run patch by patch.
+
+`PatchDenseNet121` is the network of the ISImed paper (§2.2.1): MONAI's 3-D DenseNet121, 1024-d, one channel in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from isimed_index.errors import ConfigError, EncoderMismatch
+
+Outputs = dict[str, torch.Tensor]
+MM_PER_POSITION_UNIT = 100.0  # the position head works in decimetres, so that its loss is of order one
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(inputs, outputs, kernel, stride=stride, bias=False), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class ValidNet(nn.Module):
+    """Unpadded convolutional trunk, receptive field 32 voxels, total stride 4, with one linear head per output.
+
+    Input (n, 1, x, y, z) with every side ≥ 32; output per head (n, dim, (x-32)//4+1, …).
+    `outputs` maps head names to dimensions; `position` is returned in mm.
+    """
+
+    patch = 32
+    stride = 4
+    exactly_convolutional = True
+
+    def __init__(self, outputs: Mapping[str, int], width: int = 16) -> None:
+        super().__init__()
+        w = width
+        self.trunk = nn.Sequential(
+            _conv(1, w, 3),  # receptive field 3
+            _conv(w, 2 * w, 4, stride=2),  # 6
+            _conv(2 * w, 2 * w, 3),  # 10
+            _conv(2 * w, 4 * w, 4, stride=2),  # 16
+            _conv(4 * w, 4 * w, 3),  # 24
+            _conv(4 * w, 8 * w, 3),  # 32
+        )
+        self.heads = nn.ModuleDict({name: nn.Conv3d(8 * w, dim, 1) for name, dim in outputs.items()})
+
+    def forward(self, x: torch.Tensor) -> Outputs:
+        features = self.trunk(x)  # (n, 8w, i, j, k)
+        result = {name: head(features) for name, head in self.heads.items()}
+        if "position" in result:
+            result["position"] = result["position"] * MM_PER_POSITION_UNIT
+        return result
+
+
+class PatchDenseNet121(nn.Module):
+    """MONAI DenseNet121 in 3-D with its 1024-d pooled features as the one output, `embedding` (ISImed, §2.2.1).
+
+    Input (n, 1, 32, 32, 32); output {"embedding": (n, 1024, 1, 1, 1)}.
+    """
+
+    patch = 32
+    stride = 32
+    exactly_convolutional = False
+
+    def __init__(self, outputs: Mapping[str, int]) -> None:
+        super().__init__()
+        from monai.networks.nets import DenseNet121
+
+        if dict(outputs) != {"embedding": 1024}:
+            raise ConfigError(f"DenseNet121 has one output, embedding (1024), found {dict(outputs)}")
+        net = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
+        self.features = net.features
+        self.pool = nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool3d(1))
+
+    def forward(self, x: torch.Tensor) -> Outputs:
+        return {"embedding": self.pool(self.features(x))}
+
+
+Network = ValidNet | PatchDenseNet121
+_FACTORIES: dict[str, type[ValidNet] | type[PatchDenseNet121]] = {
+    "isimed_index.encoders.networks:ValidNet": ValidNet,
+    "isimed_index.encoders.networks:PatchDenseNet121": PatchDenseNet121,
+}
+
+
+def build_network(factory: str, outputs: Mapping[str, int], arguments: Mapping[str, int]) -> Network:
+    """Build the network that `factory` names, with freshly initialised weights."""
+    if factory not in _FACTORIES:
+        raise EncoderMismatch(
+            f"expected a network among {sorted(_FACTORIES)}, found {factory!r}",
+            next_step="use the version of isimed-index that trained this encoder",
+        )
+    return _FACTORIES[factory](outputs=outputs, **arguments)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """How many trainable numbers a network holds."""
+    return sum(math.prod(p.shape) for p in network.parameters())

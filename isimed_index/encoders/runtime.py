@@ -1,0 +1,138 @@
+"""Run an encoder with PyTorch, patch by patch or over whole volumes, and keep it as safetensors beside its card."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from isimed_index.encoders.card import CARD, WEIGHTS, EncoderCard, read_card
+from isimed_index.encoders.networks import Network, build_network
+from isimed_index.encoders.protocol import Vectors
+from isimed_index.errors import EncoderMismatch, UsageError
+from isimed_index.grid import PatchGrid
+from isimed_index.scans.prepare import Volume
+
+TILE = 24  # lattice points along the edge of one tile of a whole-volume pass
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → a device that is there; `UsageError` otherwise."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"expected device auto, cpu or cuda, found {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is available", next_step="use --device cpu")
+    return torch.device(device)
+
+
+class TorchEncoder:
+    """An `Encoder` on PyTorch; exactly convolutional networks encode a grid in one tiled pass."""
+
+    def __init__(self, card: EncoderCard, network: Network, device: torch.device) -> None:
+        self.card = card
+        self.network = network.eval().to(device)
+        self.device = device
+
+    def encode(self, patches: NDArray[np.float32]) -> Vectors:
+        """Patches (n, x, y, z), scaled as the card says, → {output: (n, dim) float32}."""
+        edge = self.card.patch_vox
+        if patches.shape[1:] != (edge, edge, edge):
+            raise EncoderMismatch(f"expected patches of {edge}³ voxels, found {patches.shape[1:]}")
+        return {name: y.reshape(len(patches), -1) for name, y in self._run(patches[:, None]).items()}
+
+    def encode_grid(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
+        """The same vectors as `encode` of each patch `numbers` (n,) of `grid`.
+
+        A network without padding shares its work between overlapping patches: the lattice is cut into tiles and each
+        tile is one pass. A lattice finer than the network's stride takes several passes, shifted against each other.
+        """
+        own = self.network.stride
+        if not self.network.exactly_convolutional or (grid.stride % own and own % grid.stride):
+            return self._encode_patches(volume, grid, numbers)
+        result = {name: np.empty((len(numbers), dim), np.float32) for name, dim in self.card.outputs.items()}
+        ijk = grid.ijk(numbers)
+        phases = max(1, own // grid.stride)
+        for phase in itertools.product(range(phases), repeat=3):
+            rows = np.flatnonzero((ijk % phases == phase).all(axis=1))
+            tiles = ijk[rows] // phases // TILE
+            for tile in np.unique(tiles, axis=0):
+                here = rows[(tiles == tile).all(axis=1)]
+                self._encode_tile(volume, grid, ijk[here], here, result)
+        return result
+
+    def _encode_tile(
+        self, volume: Volume, grid: PatchGrid, ijk: NDArray[np.int64], rows: NDArray[np.int64], result: Vectors
+    ) -> None:
+        """One pass over the box that holds the patches `ijk` (n, 3); fills `rows` (n,) of `result`."""
+        own = self.network.stride
+        starts = np.array(grid.first_start) + ijk * grid.stride
+        low, high = starts.min(axis=0), starts.max(axis=0) + grid.patch
+        shape = np.array(volume.values.shape)
+        block = np.full(high - low, volume.background, np.float32)
+        a, b = np.clip(low, 0, shape), np.clip(high, 0, shape)
+        if (b > a).all():
+            inner, outer = zip(*(_span(*ends) for ends in zip(a - low, b - low, a, b, strict=True)), strict=True)
+            block[inner] = volume.values[outer]
+        at = tuple(((starts - low) // own).T)
+        for name, y in self._run(block[None, None]).items():
+            result[name][rows] = y[0][(slice(None), *at)].T
+
+    def _encode_patches(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
+        batches = [
+            self.encode(grid.extract(volume.values, numbers[start : start + 64], volume.background))
+            for start in range(0, len(numbers), 64)
+        ]
+        return {
+            name: np.concatenate([np.empty((0, dim), np.float32), *(batch[name] for batch in batches)])
+            for name, dim in self.card.outputs.items()
+        }
+
+    def _run(self, values: NDArray[np.float32]) -> Vectors:
+        with torch.inference_mode():
+            outputs = self.network(torch.from_numpy(np.ascontiguousarray(values)).to(self.device))
+            return {name: y.float().cpu().numpy() for name, y in outputs.items()}
+
+
+def _span(a: int, b: int, c: int, d: int) -> tuple[slice, slice]:
+    return slice(a, b), slice(c, d)
+
+
+def weights_bytes(state: Mapping[str, torch.Tensor]) -> bytes:
+    """A network's state as the content of a safetensors file."""
+    data: bytes = save_tensors({name: tensor.contiguous().cpu() for name, tensor in state.items()})
+    return data
+
+
+def write_encoder(directory: Path, card: EncoderCard, state: Mapping[str, torch.Tensor]) -> EncoderCard:
+    """Write `card.json` and `weights.safetensors` into `directory`; returns the card with the weights' hash."""
+    data = weights_bytes(state)
+    final = replace(card, weights_sha256=hashlib.sha256(data).hexdigest())
+    (directory / WEIGHTS).write_bytes(data)
+    (directory / CARD).write_text(json.dumps(final.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return final
+
+
+def load_encoder(directory: Path, device: str = "auto") -> TorchEncoder:
+    """Load an encoder directory; `EncoderMismatch` when the weights do not match the card or the network."""
+    card = read_card(directory)
+    data = (directory / WEIGHTS).read_bytes()
+    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
+        raise EncoderMismatch(f"the weights of encoder {card.id} do not match the hash on its card")
+    network = build_network(card.factory, card.outputs, card.network)
+    try:
+        network.load_state_dict(load_tensors(data))
+    except (SafetensorError, RuntimeError) as error:
+        raise EncoderMismatch(f"the weights of encoder {card.id} do not fit its network {card.factory}") from error
+    return TorchEncoder(card, network, choose_device(device))

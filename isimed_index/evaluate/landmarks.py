@@ -1,0 +1,158 @@
+"""Landmark error: label centroids of one scan looked up in another, in mm, beside guesses that need no learning.
+
+A landmark is the centroid of a label that both scans of a pair have. `hit_at_1` is the share of answers whose nearest
+voxel carries the landmark's label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.consensus import local_affine
+from isimed_index.encode import prepared
+from isimed_index.errors import UsageError
+from isimed_index.lookup import Lookup
+from isimed_index.progress import Progress, Silent
+from isimed_index.scans.chunks import open_chunks
+from isimed_index.space import Affine, apply_affine, inverse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MIN_VOXELS = 20  # a label with fewer has no trustworthy centroid
+PREDICTORS = ("same world point", "foreground centroid", "chart", "lookup")
+_COLUMNS = ("predictor", "pairs", "landmarks", "mean_mm", "median_mm", "p95_mm", "hit_at_1")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Landmark errors, one row per predictor; columns of equal length."""
+
+    columns: dict[str, list[Any]]
+
+    def to_arrow(self) -> pa.Table:
+        """The errors as an Arrow table."""
+        import pyarrow as pa
+
+        return pa.table(self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A labelled scan: its landmarks {label: (3,) RAS mm}, foreground centroid and label map."""
+
+    scan: str
+    landmarks: dict[int, NDArray[np.float64]]
+    centroid_mm: NDArray[np.float64]
+    labels: NDArray[Any]
+    affine: Affine
+
+    def label_at(self, xyz_mm: NDArray[np.float64]) -> int:
+        voxel = np.rint(apply_affine(inverse(self.affine), xyz_mm)).astype(int)
+        if (voxel < 0).any() or (voxel >= self.labels.shape).any():
+            return 0
+        return int(self.labels[tuple(voxel)])
+
+
+def landmark_errors(
+    lookup: Lookup,
+    *,
+    where: str | None = None,
+    label_where: str | None = None,
+    pairs: int = 60,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Errors over ordered pairs of labelled scans of different subjects, at most `pairs` of them, drawn by `seed`.
+
+    `where` chooses scans and `label_where` labels, both SQL over the views. Predictors: the same world point; the same
+    offset from the foreground's centroid; the charts alone; the whole lookup.
+    """
+    progress = progress or Silent()
+    heads = _heads(lookup, where, label_where, progress)
+    chosen = _pairs(lookup, list(heads), pairs, seed)
+    errors: dict[str, list[float]] = {name: [] for name in PREDICTORS}
+    hits: dict[str, list[bool]] = {name: [] for name in PREDICTORS}
+    progress.start("evaluate", len(chosen), "pairs")
+    for a, b in chosen:
+        source, target = heads[a], heads[b]
+        predict = _predictors(lookup, source, target)
+        for label in source.landmarks.keys() & target.landmarks.keys():
+            for name, answer in predict.items():
+                found = answer(source.landmarks[label])
+                errors[name].append(float(np.linalg.norm(found - target.landmarks[label])))
+                hits[name].append(target.label_at(found) == label)
+        progress.advance(1, f"mean {np.mean(errors['lookup']):.1f} mm" if errors["lookup"] else "")
+    progress.finish()
+    if not errors["lookup"]:
+        raise UsageError("the chosen scans have no label in common", next_step="isimed sql 'SELECT * FROM labels'")
+    rows = [
+        (name, len(chosen), len(e), *(float(f(e)) for f in (np.mean, np.median, _p95)), float(np.mean(hits[name])))
+        for name, e in errors.items()
+    ]
+    return Evaluation({name: list(values) for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True)})
+
+
+def _p95(values: Sequence[float]) -> float:
+    return float(np.percentile(values, 95))
+
+
+def _heads(lookup: Lookup, where: str | None, label_where: str | None, progress: Progress) -> dict[str, _Head]:
+    snapshot = lookup.snapshot
+    condition = " AND ".join(
+        [f"voxels >= {MIN_VOXELS}"]
+        + ([f"({label_where})"] if label_where else [])
+        + ([f"scan IN (SELECT scan FROM scans WHERE ({where}))"] if where else [])
+    )
+    rows = snapshot.sql(f"SELECT scan, label, x_mm, y_mm, z_mm FROM labels WHERE {condition}").to_pylist()
+    landmarks: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for row in rows:
+        if row["scan"] in lookup.segments:
+            xyz = np.array([row["x_mm"], row["y_mm"], row["z_mm"]])
+            landmarks.setdefault(row["scan"], {})[row["label"]] = xyz
+    if len(landmarks) < 2:
+        raise UsageError(
+            f"expected at least two indexed scans with label maps, found {len(landmarks)}",
+            next_step="isimed add --labels PATTERN PATH, then isimed index",
+        )
+    progress.start("read", len(landmarks), "scans")
+    heads = {}
+    for scan, points in landmarks.items():
+        stored = open_chunks(snapshot.chunks_path(scan))
+        volume = prepared(stored.values(), stored.affine, lookup.card)
+        centroid = apply_affine(volume.affine, np.argwhere(volume.foreground).mean(axis=0))
+        labels = stored.labels()
+        if labels is not None:
+            heads[scan] = _Head(scan, points, centroid, labels, stored.affine)
+        progress.advance(1)
+    progress.finish()
+    return heads
+
+
+def _pairs(lookup: Lookup, scans: Sequence[str], most: int, seed: int) -> list[tuple[str, str]]:
+    subject = {scan: lookup.snapshot.scan_row(scan)["subject"] for scan in scans}
+    every = [(a, b) for a in scans for b in scans if subject[a] != subject[b]]
+    if len(every) <= most:
+        return every
+    order = np.random.default_rng(seed).permutation(len(every))[:most]
+    return [every[number] for number in sorted(order)]
+
+
+def _predictors(
+    lookup: Lookup, source: _Head, target: _Head
+) -> dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
+    a, b = lookup.lattice(source.scan), lookup.lattice(target.scan)
+    charts = lookup.frame.charts
+    start = inverse(charts[target.scan].affine) @ charts[source.scan].affine
+    shift = target.centroid_mm - source.centroid_mm
+    return {
+        "same world point": lambda q: q,
+        "foreground centroid": lambda q: q + shift,
+        "chart": lambda q: apply_affine(start, q),
+        "lookup": lambda q: apply_affine(local_affine(a, b, q, start)[0], q),
+    }

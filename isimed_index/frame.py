@@ -1,0 +1,186 @@
+"""The canonical frame of an encoder: one template, and one chart per scan (patient mm ↔ canonical mm).
+
+Nothing is registered and no atlas is needed. One scan is the first template; all others are matched to it by their
+descriptors and fitted robustly; the mean descriptor on a canonical lattice is the next template, and so on. In the end
+the frame is moved so that the mean of all charts is the identity: canonical axes are the cohort's mean RAS axes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.consensus import fit_pair
+from isimed_index.errors import StoreDamaged
+from isimed_index.lattice import Lattice, Points, Standard
+from isimed_index.progress import Progress, Silent
+from isimed_index.space import Affine, apply_affine, inverse
+
+FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
+HOLDS_ABOVE = 0.25  # share of a scan's patches that must agree with its chart for the chart to be believed
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Where one scan lies in the canonical frame: patient RAS+ mm → canonical mm, and how well that is supported.
+
+    `residual_mm` is the median distance between the chart and single matches, `matches` how many patches agree with it
+    and `agreement` their share of the scan's patches.
+    """
+
+    affine: Affine
+    residual_mm: float
+    matches: int
+    agreement: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough patches agree for the chart to be believed."""
+        return self.agreement >= HOLDS_ABOVE
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One encoder's canonical frame."""
+
+    encoder: str
+    standard: Standard
+    template: Lattice  # in canonical mm
+    charts: Mapping[str, Chart]
+
+
+def fit_frame(
+    encoder: str,
+    standard: Standard,
+    lattices: Mapping[str, Lattice],
+    *,
+    rounds: int = 2,
+    progress: Progress | None = None,
+) -> Frame:
+    """Fit template and charts to the lattices of a cohort, from nothing.
+
+    `rounds` is how often all scans are matched to the template; the first template is the scan with the median number
+    of patches.
+    """
+    progress = progress or Silent()
+    by_size = sorted(lattices, key=lambda scan: int(lattices[scan].mask.sum()))
+    template = lattices[by_size[len(by_size) // 2]]
+    charts: dict[str, Chart] = {}
+    progress.start("frame", rounds * len(lattices), "charts")
+    for turn in range(rounds):
+        for scan, lattice in lattices.items():
+            charts[scan] = fit_chart(lattice, template, charts[scan].affine if turn else None)
+            progress.advance(1, f"residual {charts[scan].residual_mm:.1f} mm")
+        charts = _centred(charts)
+        template = _mean_template(lattices, charts, template.step_mm)
+    progress.finish()
+    return Frame(encoder, standard, template, charts)
+
+
+def extend_frame(frame: Frame, lattices: Mapping[str, Lattice], progress: Progress | None = None) -> Frame:
+    """Add charts of new scans against the template as it is; what was there stays as it was."""
+    progress = progress or Silent()
+    progress.start("frame", len(lattices), "charts")
+    charts = dict(frame.charts)
+    for scan, lattice in lattices.items():
+        charts[scan] = fit_chart(lattice, frame.template)
+        progress.advance(1)
+    progress.finish()
+    return Frame(frame.encoder, frame.standard, frame.template, charts)
+
+
+def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) -> Chart:
+    """The chart of one scan: its lattice matched to the template, robustly."""
+    if not lattice.mask.any() or not template.mask.any():
+        return Chart(np.eye(4), float("inf"), 0, 0.0)
+    fit = fit_pair(lattice, template, start=start)
+    return Chart(fit.affine, fit.residual_mm, fit.matches, fit.matches / int(lattice.mask.sum()))
+
+
+def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:
+    """The same charts in a frame in which their mean is the identity."""
+    believed = [chart.affine for chart in charts.values() if chart.holds] or [c.affine for c in charts.values()]
+    back = inverse(np.mean(believed, axis=0))
+    return {s: Chart(back @ c.affine, c.residual_mm, c.matches, c.agreement) for s, c in charts.items()}
+
+
+def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart], step_mm: float) -> Lattice:
+    """The mean unit vector of all scans at every point of a canonical lattice that covers them."""
+    believed = {scan: charts[scan].affine for scan in lattices if charts[scan].holds} or {
+        scan: charts[scan].affine for scan in lattices
+    }
+    ends = [apply_affine(a, _corners(lattices[scan])) for scan, a in believed.items()]
+    low, high = np.concatenate(ends).min(axis=0), np.concatenate(ends).max(axis=0)
+    shape = np.ceil((high - low) / step_mm).astype(int) + 1
+    affine = np.diag([step_mm, step_mm, step_mm, 1.0])
+    affine[:3, 3] = low
+    places = apply_affine(affine, np.argwhere(np.ones(shape, bool)))
+    dim = next(iter(lattices.values())).vectors.shape[-1]
+    total, weight = np.zeros((len(places), dim), np.float32), np.zeros(len(places))
+    for scan, chart in believed.items():
+        vectors, share = lattices[scan].sample(apply_affine(inverse(chart), places))
+        total += vectors * share[:, None].astype(np.float32)
+        weight += share
+    unit = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
+    # A point that a single odd scan reaches is no part of the template, unless there are few scans.
+    mask = weight >= min(1.0, 0.5 + 0.05 * len(believed))
+    return Lattice(unit.reshape(*shape, dim), mask.reshape(shape), affine)
+
+
+def _corners(lattice: Lattice) -> Points:
+    stored = np.argwhere(lattice.mask)
+    low, high = stored.min(axis=0), stored.max(axis=0)
+    ends = np.stack(np.meshgrid(*zip(low, high, strict=True), indexing="ij"), -1).reshape(-1, 3)
+    return apply_affine(lattice.affine, ends)
+
+
+def write_frame(directory: Path, frame: Frame) -> None:
+    """Write a frame as `frame.json`, `charts.parquet`, `template.npy` (float16) and `template_mask.npy`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: dict[str, list[Any]] = {"scan": list(frame.charts)}
+    for r in range(3):
+        for c in range(4):
+            rows[f"a{r}{c}"] = [float(chart.affine[r, c]) for chart in frame.charts.values()]
+    rows["residual_mm"] = [chart.residual_mm for chart in frame.charts.values()]
+    rows["matches"] = [chart.matches for chart in frame.charts.values()]
+    rows["agreement"] = [chart.agreement for chart in frame.charts.values()]
+    pq.write_table(pa.table(rows), directory / CHARTS)
+    np.save(directory / TEMPLATE, frame.template.vectors.astype(np.float16), allow_pickle=False)
+    np.save(directory / MASK, frame.template.mask, allow_pickle=False)
+    content = {
+        "encoder": frame.encoder,
+        "metric": frame.standard.metric,
+        "centre": [float(v) for v in frame.standard.centre],
+        "scale": frame.standard.scale,
+        "template_affine": frame.template.affine.tolist(),
+    }
+    (directory / FRAME).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_frame(directory: Path) -> Frame:
+    """Read what `write_frame` wrote; `StoreDamaged` when something is missing or malformed."""
+    import pyarrow.parquet as pq
+
+    try:
+        content = json.loads((directory / FRAME).read_text(encoding="utf-8"))
+        vectors: NDArray[np.float32] = np.load(directory / TEMPLATE, allow_pickle=False).astype(np.float32)
+        mask = np.load(directory / MASK, allow_pickle=False)
+        rows = pq.read_table(directory / CHARTS, partitioning=None).to_pylist()
+        standard = Standard(content["metric"], np.array(content["centre"], np.float32), float(content["scale"]))
+        template = Lattice(vectors, mask, np.array(content["template_affine"], dtype=np.float64))
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error
+    charts = {}
+    for row in rows:
+        affine = np.eye(4)
+        affine[:3] = [[row[f"a{r}{c}"] for c in range(4)] for r in range(3)]
+        charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
+    return Frame(content["encoder"], standard, template, charts)

@@ -1,0 +1,202 @@
+"""`index`: encode what is not encoded yet, give every scan a chart, build an index whose recall is measured.
+
+scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─▶ charts ─▶ commit ─▶ index ─▶ commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isimed_index.encode import Encoded, EncodeTask, encode_groups, stride_in_voxels, task_key
+from isimed_index.encoders.card import EncoderCard, read_card
+from isimed_index.errors import NotFound
+from isimed_index.frame import extend_frame, fit_frame, read_frame, write_frame
+from isimed_index.index.card import IndexCard
+from isimed_index.index.plan import build_index
+from isimed_index.ingest import Refusal
+from isimed_index.lattice import Lattice, Standard, read_lattice
+from isimed_index.progress import Progress
+from isimed_index.store.manifest import Artefact
+from isimed_index.store.repository import Repository
+from isimed_index.store.segment import Segment
+from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.transaction import Proposal, Transaction
+
+COMMIT_SCANS = 4  # scans encoded in one commit: what a kill can cost
+REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
+_SAMPLE = 200  # vectors of each scan that the standard is estimated from
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index."""
+
+    encoder: str
+    encoded: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    patches: int = 0
+    recall_at_10: float = 1.0
+    index_kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexOptions:
+    """Which encoder and lattice, where to run, and what the index has to reach."""
+
+    encoder: str | None = None
+    stride_mm: float | None = None
+    scheduler: str = "threads"
+    device: str = "auto"
+    min_recall: float = 0.98
+    max_ram: int | None = None
+
+
+def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
+    """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again."""
+    with repository.transaction("index") as transaction:
+        head = repository.snapshot()
+        directory = head.encoder_path(options.encoder)
+        card = read_card(directory)
+        stride = stride_in_voxels(card, options.stride_mm)
+        report = IndexReport(card.id)
+        keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride) for scan in scans}
+        done = {segment.task for segment in head.segments(card.id)}
+        report.skipped.extend(scan for scan in scans if keys[scan] in done)
+        todo = [scan for scan in scans if keys[scan] not in done]
+        progress.start("encode", len(todo), "scans")
+        tasks = _task_groups(transaction, head, todo, keys, directory, stride, options.device)
+        patches = 0
+        for results in encode_groups(tasks, options.scheduler):
+            patches += _commit_segments(transaction, head, results, report)
+            progress.advance(len(results), f"{patches:,} patches")
+        progress.finish()
+        if not report.encoded and not report.skipped:
+            if report.refused:
+                return report
+            raise NotFound("there is no scan to index", next_step="isimed add PATH, or widen --where")
+        _commit_frame(transaction, card, progress)
+        built = _commit_index(transaction, card, options)
+        rows = sum(segment.rows for segment in latest_segments(repository.snapshot(), card).values())
+    return IndexReport(
+        card.id, report.encoded, report.skipped, report.refused, rows, built.recall_at_10, built.recipe.factory
+    )
+
+
+def _task_groups(
+    transaction: Transaction,
+    head: Snapshot,
+    scans: Sequence[str],
+    keys: Mapping[str, str],
+    encoder: Path,
+    stride: int,
+    device: str,
+) -> Iterator[list[EncodeTask]]:
+    for start in range(0, len(scans), COMMIT_SCANS):
+        yield [
+            EncodeTask(
+                keys[scan],
+                scan,
+                str(head.path / head.scan_row(scan)["artefact"]),
+                str(encoder),
+                str(transaction.stage("segment")),
+                stride,
+                device,
+            )
+            for scan in scans[start : start + COMMIT_SCANS]
+        ]
+
+
+def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence[Encoded], report: IndexReport) -> int:
+    """Commit one group; a segment that another process committed meanwhile is left out. Returns the patches encoded."""
+    staged: list[Artefact] = []
+    for result in results:
+        if result.error is not None:
+            report.refused.append(Refusal.of(result.task.scan, result.error))
+            continue
+        fields = {**result.fields, "scan_artefact": head.scan_row(result.task.scan)["artefact"]}
+        staged.append(transaction.add("segment", Path(result.task.segment), **fields))
+        report.encoded.append(result.task.scan)
+
+    def propose(now: Snapshot) -> Proposal:
+        there = {segment.task for segment in now.segments()}
+        return Proposal(add=[artefact for artefact in staged if artefact.fields["task"] not in there])
+
+    transaction.commit(propose)
+    return sum(int(artefact.fields["rows"]) for artefact in staged)
+
+
+def latest_segments(snapshot: Snapshot, card: EncoderCard) -> dict[str, Segment]:
+    """The segment of each encoded scan that was committed last (a scan may be encoded at several strides)."""
+    return {snapshot.scan_of[segment.scan_artefact]: segment for segment in snapshot.segments(card.id)}
+
+
+def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
+    """Fit the frame anew when many scans have no chart in it, extend it when few have none."""
+    snapshot = transaction.repository.snapshot()
+    segments = latest_segments(snapshot, card)
+    path = snapshot.frame_path(card.id)
+    before = read_frame(path) if path is not None else None
+    missing = [scan for scan in segments if before is None or scan not in before.charts]
+    if not missing:
+        return
+    if before is None or len(missing) > REFIT_SHARE * len(segments):
+        standard = _standard(card, list(segments.values()))
+        frame = fit_frame(card.id, standard, _lattices(segments, card, standard), progress=progress)
+    else:
+        new = {scan: segments[scan] for scan in missing}
+        frame = extend_frame(before, _lattices(new, card, before.standard), progress)
+    _commit_one(transaction, "frame", lambda directory: write_frame(directory, frame), card)
+
+
+def _standard(card: EncoderCard, segments: Sequence[Segment]) -> Standard:
+    """Estimate centre and scale of an encoder's vectors from a regular sample of every scan's patches."""
+    samples = []
+    for segment in segments:
+        vectors = segment.vectors(card.match_output)
+        samples.append(np.asarray(vectors[:: max(1, len(vectors) // _SAMPLE)], dtype=np.float32))
+    return Standard.of(card.metric, np.concatenate(samples))
+
+
+def _lattices(segments: Mapping[str, Segment], card: EncoderCard, standard: Standard) -> dict[str, Lattice]:
+    return {scan: read_lattice(segment, card.match_output, standard) for scan, segment in segments.items()}
+
+
+def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:
+    """Build the index over the newest segment of every scan, unless the stored one covers them and reaches the target."""
+    snapshot = transaction.repository.snapshot()
+    segments = sorted(latest_segments(snapshot, card).values(), key=lambda segment: segment.first_row_id)
+    covers = [segment.path for segment in segments]
+    newest = snapshot.newest("index", card.id)
+    if newest is not None and list(newest.fields["covers"]) == covers:
+        path = snapshot.index_path(card.id)
+        if path is not None:
+            built = IndexCard.read(path)
+            if built.min_recall >= options.min_recall:
+                return built
+    blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
+    cards: list[IndexCard] = []
+
+    def build(directory: Path) -> None:
+        cards.append(build_index(directory, blocks, card.metric, options.min_recall, options.max_ram))
+
+    _commit_one(transaction, "index", build, card, covers=covers)
+    return cards[0]
+
+
+def _commit_one(transaction: Transaction, kind: str, write: Any, card: EncoderCard, **fields: Any) -> None:
+    """Stage, write and commit one derived artefact; the one before it is no longer named."""
+    directory = transaction.stage(kind)
+    write(directory)
+    artefact = transaction.add(kind, directory, encoder=card.id, **fields)
+
+    def propose(now: Snapshot) -> Proposal:
+        old = [found.path for found in now.artefacts(kind) if found.fields["encoder"] == card.id]
+        return Proposal(add=[artefact], drop=old)
+
+    transaction.commit(propose)

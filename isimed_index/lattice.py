@@ -1,0 +1,146 @@
+"""A scan's stored vectors back on their regular lattice, ready to be searched by place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.encoders.card import Metric
+from isimed_index.errors import StoreDamaged
+from isimed_index.grid import PatchGrid
+from isimed_index.space import Affine, apply_affine, inverse
+from isimed_index.store.segment import Segment
+
+FILE = "lattice.json"
+Points = NDArray[np.float64]  # (n, 3) mm
+Vectors = NDArray[np.float32]  # (n, d)
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """How vectors of one encoder become unit vectors whose inner product ranks like the card's metric.
+
+    `cosine` vectors are normalised. `l2` vectors are centred and scaled, get one more dimension of value 1, and are
+    then normalised: for vectors of moderate length the angle then grows with the Euclidean distance.
+    """
+
+    metric: Metric
+    centre: NDArray[np.float32]  # (d,)
+    scale: float
+
+    @classmethod
+    def of(cls, metric: Metric, vectors: Vectors) -> Standard:
+        """The standard of a sample (n, d) of an encoder's vectors."""
+        if metric == "cosine":
+            return cls(metric, np.zeros(vectors.shape[1], np.float32), 1.0)
+        centre = vectors.mean(axis=0)
+        return cls(metric, centre, float(np.linalg.norm(vectors - centre, axis=1).mean()) or 1.0)
+
+    def unit(self, vectors: NDArray[np.floating[Any]]) -> Vectors:
+        """Vectors (…, d) → unit vectors (…, d) for cosine, (…, d + 1) for l2."""
+        x = vectors.astype(np.float32)
+        if self.metric == "l2":
+            x = (x - self.centre) / np.float32(self.scale)
+            x = np.concatenate([x, np.ones((*x.shape[:-1], 1), np.float32)], axis=-1)
+        unit: Vectors = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(1e-12))
+        return unit
+
+    def raw(self, unit: Vectors) -> Vectors:
+        """Unit vectors (…, ·) back to vectors of the encoder (…, d); for cosine they stay as they are."""
+        if self.metric == "cosine":
+            return unit
+        restored: Vectors = unit[..., :-1] / unit[..., -1:] * np.float32(self.scale) + self.centre
+        return restored
+
+    def distance(self, a: Vectors, b: Vectors) -> NDArray[np.float32]:
+        """The card's distance between unit vectors (n, ·): 1 - cosine, or Euclidean in the encoder's own units."""
+        if self.metric == "cosine":
+            return np.asarray(1 - (a * b).sum(axis=-1), dtype=np.float32)
+        return np.asarray(np.linalg.norm(self.raw(a) - self.raw(b), axis=-1), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Unit vectors (i, j, k, d) float32 on a regular lattice; `mask` (i, j, k) says where one is stored.
+
+    `affine` maps a lattice index to millimetres: of the patient (RAS+), or of the canonical frame for a template.
+    """
+
+    vectors: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    affine: Affine
+
+    @property
+    def step_mm(self) -> float:
+        """The smallest distance between neighbouring lattice points."""
+        return float(np.linalg.norm(self.affine[:3, :3], axis=0).min())
+
+    def stored(self) -> tuple[Points, Vectors]:
+        """Places (n, 3) in mm and vectors (n, d) of the stored points."""
+        return apply_affine(self.affine, np.argwhere(self.mask)), self.vectors[self.mask]
+
+    def sample(self, points_mm: Points) -> tuple[Vectors, NDArray[np.float64]]:
+        """Vectors (n, d) at any points (n, 3), trilinear between stored points, and the weight (n,) of those.
+
+        The vectors are of unit length where the weight is above zero, and zero elsewhere.
+        """
+        at = apply_affine(inverse(self.affine), points_mm)
+        low = np.floor(at).astype(np.int64)
+        part = at - low
+        size = np.array(self.mask.shape)
+        total = np.zeros((len(at), self.vectors.shape[-1]), np.float32)
+        weight = np.zeros(len(at))
+        for corner in np.ndindex(2, 2, 2):
+            index = low + corner
+            share = np.where(corner, part, 1 - part).prod(axis=1)
+            i, j, k = np.clip(index, 0, size - 1).T
+            share = share * (((index >= 0) & (index < size)).all(axis=1) & self.mask[i, j, k])
+            total += self.vectors[i, j, k] * share[:, None].astype(np.float32)
+            weight += share
+        return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12)), weight
+
+
+def lattice_affine(grid: PatchGrid) -> Affine:
+    """Lattice index → RAS+ mm of a patch's centre."""
+    first = np.array(grid.first_start) + (grid.patch - 1) / 2
+    step = np.diag([grid.stride, grid.stride, grid.stride, 1.0])
+    step[:3, 3] = first
+    return grid.affine @ step
+
+
+def build_lattice(unit: Vectors, ijk: NDArray[np.integer], shape: tuple[int, ...], affine: Affine) -> Lattice:
+    """Put unit vectors (n, d) at lattice indices (n, 3) of a lattice of `shape`."""
+    vectors = np.zeros((*shape, unit.shape[1]), np.float32)
+    mask = np.zeros(shape, bool)
+    i, j, k = ijk.T
+    vectors[i, j, k] = unit
+    mask[i, j, k] = True
+    return Lattice(vectors, mask, affine)
+
+
+def write_geometry(directory: Path, grid: PatchGrid) -> None:
+    """Write `lattice.json` of a segment: shape, affine (lattice index → RAS+ mm), patch and stride in voxels."""
+    content = {
+        "shape": list(grid.lattice_shape),
+        "affine": lattice_affine(grid).tolist(),
+        "patch_vox": grid.patch,
+        "stride_vox": grid.stride,
+    }
+    (directory / FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
+    """The lattice of one stored segment, vectors of `output`."""
+    patches = segment.patches()
+    try:
+        content = json.loads((segment.root / segment.path / FILE).read_text(encoding="utf-8"))
+        shape, affine = tuple(content["shape"]), np.array(content["affine"], dtype=np.float64)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreDamaged(f"{FILE} of a segment cannot be read", next_step="isimed check") from error
+    ijk = np.stack([patches.column(axis).to_numpy() for axis in "ijk"], axis=1)
+    return build_lattice(standard.unit(segment.vectors(output)), ijk, shape, affine)

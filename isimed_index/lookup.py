@@ -1,0 +1,402 @@
+"""Nearest anatomy: a point of one scan → the same anatomy in every other scan, in patient millimetres.
+
+    point (patient mm of A) ─ chart of A ─▶ canonical mm ─ chart of B, inverted ─▶ patient mm of B
+                                                                 └─ local consensus of descriptors around it ─▶ match
+
+Charts put the point within a few millimetres; the descriptors of its neighbourhood then vote for the exact place.
+A stored scan is looked up from stored vectors alone: no torch, no images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index import space as geometry
+from isimed_index.consensus import local_affine
+from isimed_index.encoders.card import EncoderCard, read_card
+from isimed_index.errors import NotFound, OutsideScan, UsageError
+from isimed_index.frame import Chart, Frame, fit_chart, read_frame
+from isimed_index.lattice import Lattice, Vectors, read_lattice
+from isimed_index.space import Affine, Space, apply_affine, inverse
+from isimed_index.store.segment import Segment
+from isimed_index.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SameSubject = Literal["include", "exclude", "only"]
+MAX_SHIFT_MM = 30.0  # a local fit that leaves the chart by more than this is not believed
+Point = NDArray[np.float64]  # (3,) RAS+ mm
+
+_PLACE_COLUMNS = ("scan", "subject", "x_mm", "y_mm", "z_mm", "voxel", "distance")
+_MATCH_COLUMNS = (*_PLACE_COLUMNS, "error_mm", "confidence", "in_view", "residual_mm", "cycle_mm", "label")
+_PATCH_COLUMNS = ("patch", *_PLACE_COLUMNS, "label")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked for: which scans may answer, how many answers, how far from the expected place."""
+
+    k: int = 10
+    where: str | None = None
+    within_mm: float | None = None
+    same_subject: SameSubject = "exclude"
+    cycle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"expected k of at least 1, found {self.k}")
+        if self.within_mm is not None and not self.within_mm > 0:
+            raise UsageError(f"expected --within above 0 mm, found {self.within_mm:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The scan that a point is given in: stored, or a file that was encoded for this question."""
+
+    scan: str | None  # None for a file
+    subject: str | None
+    affine: Affine  # of the voxels as the user knows them → RAS+ mm
+    extent: tuple[Affine, tuple[int, int, int]]  # of the voxels as they are read, for in-view tests
+    lattice: Lattice
+    chart: Chart
+
+    def point_mm(self, point: Sequence[float], space: Space) -> Point:
+        """A point in `space` → RAS+ mm of this scan; `OutsideScan` when it lies outside the volume."""
+        if space == "canonical":
+            at = apply_affine(inverse(self.chart.affine), point)
+        else:
+            at = geometry.to_ras_mm(point, space, self.affine)
+        if not in_extent(at, *self.extent):
+            low, high = _bounds(*self.extent)
+            raise OutsideScan(
+                f"the point {_text(at)} (RAS mm) lies outside the scan, which spans {_text(low)} to {_text(high)}",
+                next_step="check --space: ras, lps and voxel are different numbers for the same place",
+            )
+        return at
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a point was found in one scan."""
+
+    xyz_mm: Point
+    distance: float
+    residual_mm: float
+
+
+class Row:
+    """One match; a view of a row of `Matches`."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]], number: int) -> None:
+        self._columns = columns
+        self._number = number
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._columns:
+            return self._columns[name][self._number]
+        raise AttributeError(name)
+
+    @property
+    def xyz_mm(self) -> tuple[float, float, float]:
+        """The match in patient RAS+ mm."""
+        return self.x_mm, self.y_mm, self.z_mm
+
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{name}={values[self._number]!r}' for name, values in self._columns.items())})"
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """The answers to one question, best first: columns of equal length, rows as views."""
+
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, number: int) -> Row:
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        return Row(self.columns, number)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[number] for number in range(len(self)))
+
+    def to_arrow(self) -> pa.Table:
+        """The answers as an Arrow table."""
+        import pyarrow as pa
+
+        return pa.table({name: pa.array(values, _types().get(name)) for name, values in self.columns.items()})
+
+    def to_pandas(self) -> Any:
+        """The answers as a pandas data frame."""
+        return self.to_arrow().to_pandas()
+
+
+def _types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    real = ("x_mm", "y_mm", "z_mm", "x", "y", "z", "distance", "error_mm", "confidence", "residual_mm", "cycle_mm")
+    text = ("scan", "subject", "label")
+    return (
+        dict.fromkeys(real, pa.float64())
+        | dict.fromkeys(text, pa.string())
+        | {
+            "in_view": pa.bool_(),
+            "voxel": pa.list_(pa.float64(), 3),
+            "patch": pa.int64(),
+        }
+    )
+
+
+class Lookup:
+    """Answers questions over one pinned generation and one encoder; keeps what it has read for the next question."""
+
+    def __init__(self, snapshot: Snapshot, encoder: str | None = None) -> None:
+        self.snapshot = snapshot
+        self.card: EncoderCard = read_card(snapshot.encoder_path(encoder))
+        self._lattices: dict[str, Lattice] = {}
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The encoder's canonical frame; `NotFound` when nothing is indexed yet."""
+        path = self.snapshot.frame_path(self.card.id)
+        if path is None:
+            raise NotFound(
+                f"encoder {self.card.name!r} has no canonical frame in this store", next_step="run isimed index first"
+            )
+        return read_frame(path)
+
+    @cached_property
+    def segments(self) -> dict[str, Segment]:
+        """The newest segment of each scan that has a chart."""
+        of = self.snapshot.scan_of
+        found = {of[segment.scan_artefact]: segment for segment in self.snapshot.segments(self.card.id)}
+        return {scan: segment for scan, segment in found.items() if scan in self.frame.charts}
+
+    def lattice(self, scan: str) -> Lattice:
+        """A stored scan's vectors on their lattice."""
+        if scan not in self._lattices:
+            self._lattices[scan] = read_lattice(self.segments[scan], self.card.match_output, self.frame.standard)
+        return self._lattices[scan]
+
+    def extent(self, scan: str) -> tuple[Affine, tuple[int, int, int]]:
+        """The affine and shape of a stored scan's voxel array."""
+        from isimed_index.scans.chunks import open_chunks
+
+        stored = open_chunks(self.snapshot.chunks_path(scan))
+        return stored.affine, stored.shape
+
+    def source(self, scan: str) -> Source:
+        """A stored scan as the place of a question."""
+        row = self.snapshot.scan_row(scan)
+        if scan not in self.segments:
+            raise NotFound(f"scan {scan!r} is not encoded by {self.card.name!r}", next_step="run isimed index")
+        affine, shape = self.extent(scan)
+        return Source(
+            scan,
+            row["subject"],
+            _source_affine(affine, shape, row["orientation"]),
+            (affine, shape),
+            self.lattice(scan),
+            self.frame.charts[scan],
+        )
+
+    def source_of_file(self, path: Path, device: str = "auto") -> Source:
+        """A file that is not in the store, read, encoded and charted for this question; needs torch."""
+        from isimed_index.encode import prepared, volume_lattice
+        from isimed_index.encoders.runtime import load_encoder
+        from isimed_index.scans.read import read_scan
+
+        scan = read_scan(path, "query")
+        encoder = load_encoder(self.snapshot.encoder_path(self.card.id), device)
+        volume = prepared(scan.values(), scan.affine, self.card)
+        lattice = volume_lattice(encoder, volume, self.card.stride_vox, self.frame.standard)
+        codes = str(scan.attributes.get("source_orientation", ""))
+        known = _source_affine(scan.affine, scan.shape, codes)
+        return Source(None, None, known, (scan.affine, scan.shape), lattice, fit_chart(lattice, self.frame.template))
+
+    def nearest(self, source: Source, point: Sequence[float], space: Space, question: Question) -> Matches:
+        """One best match per scan, ranked by descriptor distance; scans that do not show the place come last."""
+        at = source.point_mm(point, space)
+        canonical = apply_affine(source.chart.affine, at)
+        asked = self._descriptor(source, at)
+        rows = []
+        for scan, subject in self._targets(source, question):
+            chart = self.frame.charts[scan]
+            place = self._locate(source, self.lattice(scan), chart, at, asked)
+            away = float(np.linalg.norm(apply_affine(chart.affine, place.xyz_mm) - canonical))
+            if question.within_mm is not None and away > question.within_mm:
+                continue
+            extent = self.extent(scan)
+            seen = bool(chart.holds and in_extent(place.xyz_mm, *extent))
+            back = self._cycle(source, scan, chart, place, at) if question.cycle else None
+            rows.append((not seen, place.distance, scan, subject, place, seen, extent, back))
+        rows.sort(key=lambda row: row[:3])
+        return Matches(self._columns(rows[: question.k], space))
+
+    def nearest_patches(
+        self, source: Source, point: Sequence[float], space: Space, question: Question, *, exact: bool = False
+    ) -> Matches:
+        """The raw nearest stored patches, several of which may be in one scan."""
+        from isimed_index.index.search import LiveIndex
+
+        at = source.point_mm(point, space)
+        asked = self.frame.standard.raw(self._descriptor(source, at)[None])
+        targets = dict(self._targets(source, question))
+        segments = {scan: self.segments[scan] for scan in self.segments}
+        blocks = [(s.row_ids, s.vectors(self.card.match_output)) for s in segments.values()]
+        among = self._rows_within(source, at, targets, question.within_mm)
+        index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
+        hits = index.search(asked, question.k, among, exact=exact)
+        return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space))
+
+    def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
+        """Scans that may answer, with their subjects."""
+        condition = "" if question.where is None else f" WHERE ({question.where})"
+        table = self.snapshot.sql(f"SELECT scan, subject FROM scans{condition}")
+        pairs = zip(table.column("scan").to_pylist(), table.column("subject").to_pylist(), strict=True)
+        chosen = []
+        for scan, subject in pairs:
+            same = source.subject is not None and subject == source.subject
+            wanted = {"include": True, "exclude": not same, "only": same}[question.same_subject]
+            if wanted and scan != source.scan and scan in self.segments:
+                chosen.append((scan, subject))
+        return chosen
+
+    def _descriptor(self, source: Source, at: Point) -> Vectors:
+        """The unit vector (d,) at a point, between the stored patches, or of the nearest one."""
+        vectors, weight = source.lattice.sample(at[None])
+        if weight[0] > 0:
+            return np.asarray(vectors[0], dtype=np.float32)
+        places, stored = source.lattice.stored()
+        if not len(places):
+            raise NotFound("the scan shows no foreground, so nothing of it is encoded")
+        return np.asarray(stored[np.linalg.norm(places - at, axis=1).argmin()], dtype=np.float32)
+
+    def _locate(self, source: Source, target: Lattice, chart: Chart, at: Point, asked: Vectors) -> Place:
+        start = inverse(chart.affine) @ source.chart.affine
+        expected = apply_affine(start, at)
+        affine, residual = local_affine(source.lattice, target, at, start)
+        found = apply_affine(affine, at)
+        if np.linalg.norm(found - expected) > MAX_SHIFT_MM:
+            found, residual = expected, float("inf")
+        vectors, weight = target.sample(found[None])
+        distance = float(self.frame.standard.distance(asked[None], vectors)[0]) if weight[0] > 0 else float("inf")
+        return Place(found, distance, residual)
+
+    def _cycle(self, source: Source, scan: str, chart: Chart, place: Place, at: Point) -> float:
+        """How far the match of the match lies from where the question was asked, in mm."""
+        start = inverse(source.chart.affine) @ chart.affine
+        affine, _ = local_affine(self.lattice(scan), source.lattice, place.xyz_mm, start)
+        return float(np.linalg.norm(apply_affine(affine, place.xyz_mm) - at))
+
+    def _columns(self, rows: Sequence[tuple[Any, ...]], space: Space) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in _MATCH_COLUMNS}
+        if space != "ras":
+            columns |= {axis: [] for axis in "xyz"}
+        for _, distance, scan, subject, place, seen, extent, back in rows:
+            found = self._place_columns(scan, place.xyz_mm, extent, space)
+            found |= {"scan": scan, "subject": subject, "distance": _finite(distance), "in_view": seen}
+            # Calibrated on held-out subjects, or not given: a guess would look like a promise.
+            found |= {"error_mm": None, "confidence": None, "residual_mm": _finite(place.residual_mm), "cycle_mm": back}
+            for name, values in columns.items():
+                values.append(found[name])
+        return columns
+
+    def _place_columns(
+        self, scan: str, at: Point, extent: tuple[Affine, tuple[int, int, int]], space: Space
+    ) -> dict[str, Any]:
+        affine, shape = extent
+        own = _source_affine(affine, shape, self.snapshot.scan_row(scan)["orientation"])
+        voxel = apply_affine(inverse(own), at)
+        columns: dict[str, Any] = dict(zip(("x_mm", "y_mm", "z_mm"), map(float, at), strict=True))
+        columns |= {"voxel": [round(float(v), 2) for v in voxel], "label": self._label(scan, at, affine)}
+        if space != "ras":
+            if space == "canonical":
+                asked = apply_affine(self.frame.charts[scan].affine, at)
+            else:
+                asked = geometry.from_ras_mm(at, space, own)
+            columns |= dict(zip("xyz", map(float, asked), strict=True))
+        return columns
+
+    def _label(self, scan: str, at: Point, affine: Affine) -> str | None:
+        """Name (or number) of the label at a place, None outside of all or where the scan has no label map."""
+        from isimed_index.scans.chunks import open_chunks
+
+        stored = open_chunks(self.snapshot.chunks_path(scan))
+        i, j, k = np.rint(apply_affine(inverse(affine), at)).astype(int).tolist()
+        label = stored.label_at((i, j, k))
+        return None if not label else stored.label_names.get(label, str(label))
+
+    def _rows_within(
+        self, source: Source, at: Point, targets: Mapping[str, str], within_mm: float | None
+    ) -> NDArray[np.int64]:
+        """Row ids of the target scans' patches, only such as lie within a canonical distance where one is given."""
+        rows = [np.empty(0, dtype=np.int64)]
+        canonical = apply_affine(source.chart.affine, at)
+        for scan in targets:
+            segment = self.segments[scan]
+            ids = segment.row_ids
+            if within_mm is not None:
+                centres = _centres(segment)
+                away = np.linalg.norm(apply_affine(self.frame.charts[scan].affine, centres) - canonical, axis=1)
+                ids = ids[away <= within_mm]
+            rows.append(ids)
+        return np.sort(np.concatenate(rows))
+
+    def _patch_columns(
+        self, row_ids: NDArray[np.int64], distances: NDArray[np.float32], subjects: Mapping[str, str], space: Space
+    ) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in _PATCH_COLUMNS}
+        if space != "ras":
+            columns |= {axis: [] for axis in "xyz"}
+        spans = [(s.first_row_id, s.first_row_id + s.rows, scan, s) for scan, s in self.segments.items()]
+        for row, distance in zip(row_ids.tolist(), distances.tolist(), strict=True):
+            if row < 0:
+                continue
+            first, scan, segment = next((a, scan, s) for a, b, scan, s in spans if a <= row < b)
+            at = _centres(segment)[row - first]
+            found = self._place_columns(scan, at, self.extent(scan), space)
+            found |= {"patch": row, "scan": scan, "subject": subjects[scan], "distance": distance}
+            for name, values in columns.items():
+                values.append(found[name])
+        return columns
+
+
+def _centres(segment: Segment) -> NDArray[np.float64]:
+    patches = segment.patches()
+    return np.stack([patches.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1).astype(np.float64)
+
+
+def _source_affine(affine: Affine, shape: tuple[int, int, int], codes: str | None) -> Affine:
+    """Voxel → mm in the axis order of the file that the user has."""
+    return geometry.affine_in_orientation(affine, shape, codes) if codes else affine
+
+
+def in_extent(at: Point, affine: Affine, shape: tuple[int, int, int]) -> bool:
+    """Whether a place (3,) in mm lies inside a volume, up to the outer faces of its voxels."""
+    voxel = apply_affine(inverse(affine), at)
+    return bool((voxel >= -0.5).all() and (voxel <= np.array(shape) - 0.5).all())
+
+
+def _bounds(affine: Affine, shape: tuple[int, int, int]) -> tuple[Point, Point]:
+    ends = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    corners = apply_affine(affine, ends)
+    return corners.min(axis=0), corners.max(axis=0)
+
+
+def _text(at: Point) -> str:
+    return "(" + ", ".join(f"{v:.1f}" for v in at) + ")"
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

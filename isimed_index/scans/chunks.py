@@ -1,0 +1,205 @@
+"""Scans on disk: OME-Zarr 0.5 (Zarr v3, sharded) with the label map beside the image.
+
+    <directory>/zarr.json            multiscales metadata; our own facts under the attribute `isimed`
+    <directory>/0/                   voxels (x, y, z) in their stored type
+    <directory>/labels/anatomy/0/    labels on the same grid, their names in `image-label`
+
+OME-Zarr 0.5 can say a scale and a translation only; the exact 4×4 affine, slope and intercept are in `isimed`. Every
+shard is written even when it is empty and every chunk carries a CRC-32C, so a missing or changed file is an error and
+never a silent zero. (Zarr itself reads zeros where a shard is missing or has no bytes.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.codecs
+import zarr.storage
+from numpy.typing import NDArray
+
+from isimed_index.errors import StoreDamaged, UsageError
+from isimed_index.grid import Box
+from isimed_index.scans.scan import LabelMap, Scan, physical_values
+from isimed_index.space import Affine
+
+LABELS_NAME = "anatomy"
+_OME_VERSION = "0.5"
+_CHUNK = 64
+_SHARD = 256
+
+
+def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
+    """Write `scan` and its label map into `directory`, which is new or empty."""
+    if labels is not None and labels.voxels.shape != scan.shape:
+        raise UsageError(f"expected labels of shape {scan.shape}, found {labels.voxels.shape}")
+    root = zarr.create_group(
+        store=zarr.storage.LocalStore(directory),
+        attributes={
+            "ome": {"version": _OME_VERSION, "multiscales": [_multiscale(scan)]},
+            "isimed": {
+                "affine": scan.affine.tolist(),
+                "slope": scan.slope,
+                "intercept": scan.intercept,
+                "background": scan.background,
+                "attributes": dict(scan.attributes),
+            },
+        },
+    )
+    _write_array(root, scan.voxels)
+    if labels is None:
+        return
+    group = root.create_group("labels", attributes={"ome": {"version": _OME_VERSION, "labels": [LABELS_NAME]}})
+    properties = [{"label-value": label, "name": name} for label, name in sorted(labels.names.items())]
+    image_label: dict[str, Any] = {"source": {"image": "../../"}}
+    if properties:
+        image_label["properties"] = properties
+    ome = {"version": _OME_VERSION, "multiscales": [_multiscale(scan)], "image-label": image_label}
+    _write_array(group.create_group(LABELS_NAME, attributes={"ome": ome}), labels.voxels)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredScan:
+    """A scan that `write_chunks` wrote; voxels are read when they are asked for. Made by `open_chunks`."""
+
+    directory: Path
+    affine: Affine
+    slope: float
+    intercept: float
+    background: int | float
+    attributes: Mapping[str, str | float | int]
+    label_names: dict[int, str]
+    _image: Any
+    _labels: Any
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along x, y and z."""
+        nx, ny, nz = self._image.shape
+        return nx, ny, nz
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a label map lies beside the image."""
+        return self._labels is not None
+
+    def voxels(self, box: Box | None = None) -> NDArray[Any]:
+        """Stored voxels of the box (all without one), background outside of the scan; `StoreDamaged` if unreadable."""
+        return self._read(self._image, box, self.background)
+
+    def values(self, box: Box | None = None) -> NDArray[np.float32]:
+        """Physical values of the box (all without one), the least value outside of the scan."""
+        return physical_values(self.voxels(box), self.slope, self.intercept)
+
+    def labels(self, box: Box | None = None) -> NDArray[Any] | None:
+        """Labels of the box (all without one), 0 outside of the scan; None where there is no label map."""
+        return None if self._labels is None else self._read(self._labels, box, 0)
+
+    def label_at(self, voxel: tuple[int, int, int]) -> int | None:
+        """The label of one voxel; None outside of the scan or where there is no label map."""
+        x, y, z = (int(index) for index in voxel)
+        if self._labels is None or not all(0 <= i < n for i, n in zip((x, y, z), self.shape, strict=True)):
+            return None
+        return int(self._read(self._labels, Box((x, y, z), (x + 1, y + 1, z + 1)), 0)[0, 0, 0])
+
+    def _read(self, array: Any, box: Box | None, fill: int | float) -> NDArray[Any]:
+        with _damage(self.directory):
+            source, target = (box or Box((0, 0, 0), self.shape)).slices(self.shape)
+            found = np.asarray(array[source])
+            _check_shards(self.directory, array)  # after the read: artefacts never change, so they were there
+            if box is None or found.shape == box.shape:
+                return found
+            cut = np.full(box.shape, fill, dtype=array.dtype)
+            cut[target] = found
+            return cut
+
+
+def open_chunks(directory: Path) -> StoredScan:
+    """Open what `write_chunks` wrote, without reading voxels; `StoreDamaged` when something is missing or malformed."""
+    with _damage(directory):
+        root = zarr.open_group(store=zarr.storage.LocalStore(directory, read_only=True), mode="r", zarr_format=3)
+        facts: Any = root.attrs["isimed"]
+        image = _open_array(directory, root, "0")
+        labels, names = None, {}
+        if (directory / "labels").exists():
+            where = f"labels/{LABELS_NAME}"
+            labels = _open_array(directory, root, f"{where}/0")
+            ome: Any = root[where].attrs["ome"]
+            properties = ome["image-label"].get("properties", [])
+            names = {int(entry["label-value"]): str(entry["name"]) for entry in properties}
+        return StoredScan(
+            directory=directory,
+            affine=np.array(facts["affine"], dtype=np.float64).reshape(4, 4),
+            slope=float(facts["slope"]),
+            intercept=float(facts["intercept"]),
+            background=facts["background"],
+            attributes=dict(facts["attributes"]),
+            label_names=names,
+            _image=image,
+            _labels=labels,
+        )
+
+
+def _multiscale(scan: Scan) -> dict[str, Any]:
+    """OME-Zarr multiscales metadata: the axis-aligned part of the affine."""
+    return {
+        "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "xyz"],
+        "datasets": [
+            {
+                "path": "0",
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": scan.spacing_mm.tolist()},
+                    {"type": "translation", "translation": scan.affine[:3, 3].tolist()},
+                ],
+            }
+        ],
+    }
+
+
+def _write_array(group: Any, voxels: NDArray[Any]) -> None:
+    shards = tuple(min(_SHARD, _CHUNK * math.ceil(n / _CHUNK)) for n in voxels.shape)
+    array = group.create_array(
+        "0",
+        shape=voxels.shape,
+        dtype=voxels.dtype,
+        chunks=(_CHUNK,) * 3,
+        shards=shards,
+        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
+        dimension_names=list("xyz"),
+        config={"write_empty_chunks": True},
+    )
+    array[...] = voxels
+
+
+def _open_array(directory: Path, root: Any, path: str) -> Any:
+    array = root[path]
+    _check_shards(directory, array)
+    return array
+
+
+def _check_shards(directory: Path, array: Any) -> None:
+    """Raise `FileNotFoundError` when a shard of the array is missing or empty."""
+    counts = [math.ceil(n / shard) for n, shard in zip(array.shape, array.shards, strict=True)]
+    for index in product(*[range(count) for count in counts]):
+        shard = directory.joinpath(array.path, "c", *map(str, index))
+        if not shard.stat().st_size:
+            raise FileNotFoundError(f"shard {shard.relative_to(directory)} is empty")
+
+
+@contextmanager
+def _damage(directory: Path) -> Iterator[None]:
+    """Whatever Zarr, its codecs or the file system raise while reading becomes `StoreDamaged`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise StoreDamaged(
+            f"stored scan {directory.name} is missing, incomplete or damaged ({type(error).__name__})",
+            next_step="isimed check",
+        ) from error

@@ -1,0 +1,135 @@
+"""The one preprocessing that training, encoding and queries share: working spacing, intensity scaling, foreground."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.errors import UsageError
+from isimed_index.space import Affine
+from isimed_index.space import spacing_mm as affine_spacing_mm
+
+SPACING_TOLERANCE = 0.01
+FOREGROUND_STEP = 0.2
+_FWHM_PER_SIGMA = 2 * math.sqrt(2 * math.log(2))
+
+
+@dataclass(frozen=True, slots=True)
+class Intensity:
+    """How values become network input; part of the encoder card.
+
+    The two percentiles of a volume go to `low` and `high` on a straight line, which is cut off at ±`clip`.
+    """
+
+    low_percentile: float = 5.0
+    high_percentile: float = 95.0
+    low: float = -1.0
+    high: float = 1.0
+    clip: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low_percentile < self.high_percentile <= 100:
+            raise UsageError(
+                f"expected percentiles 0 ≤ low < high ≤ 100, found {self.low_percentile} and {self.high_percentile}"
+            )
+        if not -self.clip <= self.low < self.high <= self.clip:
+            raise UsageError(f"expected -clip ≤ low < high ≤ clip, found {self.low}, {self.high} and ±{self.clip}")
+
+    def scale(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scaled values as a new array; where the percentiles coincide, the extremes take their place."""
+        low, high = np.percentile(values, [self.low_percentile, self.high_percentile])
+        if low == high:
+            low, high = values.min(), values.max()
+        gain = (self.high - self.low) / (float(high) - float(low)) if high > low else 0.0
+        scaled = values - np.float32(low)
+        scaled *= np.float32(gain)
+        scaled += np.float32(self.low)
+        clipped: NDArray[np.float32] = np.clip(scaled, -self.clip, self.clip, out=scaled)
+        return clipped
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """A working volume: scaled values (x, y, z), voxel → RAS+ mm, what stands for outside, and where the body is."""
+
+    values: NDArray[np.float32]
+    affine: Affine
+    background: float
+    foreground: NDArray[np.bool_]
+
+
+def prepare(values: NDArray[np.float32], affine: Affine, spacing_mm: float | None, intensity: Intensity) -> Volume:
+    """Physical values (x, y, z) → working volume at isotropic `spacing_mm` (None keeps the scan's own grid).
+
+    The background is the least scaled value; foreground is what lies more than 0.2 above it, so no mask is needed.
+    """
+    if spacing_mm is not None:
+        values, affine = resample(values, affine, spacing_mm)
+    scaled = intensity.scale(values)
+    background = float(scaled.min())
+    return Volume(scaled, affine, background, scaled > background + FOREGROUND_STEP)
+
+
+def resample(values: NDArray[np.float32], affine: Affine, spacing_mm: float) -> tuple[NDArray[np.float32], Affine]:
+    """Values (x, y, z) on an isotropic grid along the scan's own axes, whose extent is centred on the original's.
+
+    Linear interpolation, after a Gaussian along every axis that shrinks; its full width at half maximum takes the
+    source's resolution to the target's (Cardoso et al., MICCAI 2015). Within 1 % of the target spacing on every axis
+    the inputs are returned as they are.
+    """
+    if not (spacing_mm > 0 and math.isfinite(spacing_mm)):
+        raise UsageError(f"expected a positive spacing in mm, found {spacing_mm}")
+    source_mm = affine_spacing_mm(affine)
+    if (np.abs(source_mm / spacing_mm - 1) <= SPACING_TOLERANCE).all():
+        return values, affine
+    ratios = spacing_mm / source_mm  # source voxels per target voxel
+    old_shape = np.array(values.shape)
+    new_shape = np.maximum(1, np.rint(old_shape / ratios)).astype(int)
+    first = (old_shape - 1) / 2 - ratios * (new_shape - 1) / 2  # of the target grid, in source voxels
+
+    resampled = np.ascontiguousarray(values, dtype=np.float32)
+    for axis in np.argsort(new_shape / old_shape):  # shrinking first leaves less to do
+        positions = first[axis] + ratios[axis] * np.arange(new_shape[axis])
+        weights = _weights(int(old_shape[axis]), positions, float(ratios[axis]))
+        resampled = _apply_along(weights, resampled, int(axis))
+    moved = affine.copy()
+    moved[:3, :3] = affine[:3, :3] * ratios
+    moved[:3, 3] = affine[:3, :3] @ first + affine[:3, 3]
+    return resampled, moved
+
+
+def _weights(length: int, positions: NDArray[np.float64], ratio: float) -> NDArray[np.float32]:
+    """The matrix (m, length) that smooths a line where it shrinks and interpolates it at m positions.
+
+    Beyond its ends the line goes on with its first and last value.
+    """
+    at = np.clip(positions, 0, length - 1)
+    left = np.minimum(at.astype(int), max(length - 2, 0))
+    right = np.minimum(left + 1, length - 1)
+    interpolation = np.zeros((len(at), length))
+    rows = np.arange(len(at))
+    np.add.at(interpolation, (rows, left), 1 - (at - left))
+    np.add.at(interpolation, (rows, right), at - left)
+    if ratio <= 1 + SPACING_TOLERANCE:
+        return interpolation.astype(np.float32)
+    sigma = math.sqrt(ratio**2 - 1) / _FWHM_PER_SIGMA
+    offsets = np.arange(-math.ceil(4 * sigma), math.ceil(4 * sigma) + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    smoothing = np.zeros((length, length))
+    taps = np.clip(np.arange(length)[:, None] + offsets, 0, length - 1)
+    np.add.at(smoothing, (np.arange(length)[:, None], taps), kernel)
+    return np.asarray(interpolation @ smoothing, dtype=np.float32)
+
+
+def _apply_along(weights: NDArray[np.float32], values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Multiply every line of `values` along `axis` by `weights` (m, n); the axis gets length m."""
+    nx, ny, nz = values.shape
+    if axis == 0:
+        return (weights @ values.reshape(nx, ny * nz)).reshape(-1, ny, nz)
+    if axis == 1:
+        return np.asarray(np.matmul(weights, values), dtype=np.float32)
+    return values @ weights.T

@@ -1,0 +1,88 @@
+"""What must hold before anything is committed: contents, references between artefacts, keys of tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isimed_index.contracts import conform, table_contract, validate
+from isimed_index.errors import EncoderMismatch, UsageError
+from isimed_index.store.files import CARD, WEIGHTS, file_digest
+from isimed_index.store.manifest import Artefact
+from isimed_index.store.segment import check_segment
+from isimed_index.store.snapshot import Snapshot, StoredTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def check_content(kind: str, path: Path, fields: Mapping[str, Any]) -> None:
+    """Open what a staged segment or encoder holds and compare it with its manifest fields."""
+    if kind == "segment":
+        check_segment(path, fields)
+    elif kind == "encoder":
+        _check_card(path, fields)
+
+
+def _check_card(path: Path, fields: Mapping[str, Any]) -> None:
+    card = json.loads((path / CARD).read_text(encoding="utf-8"))
+    validate("card", card, UsageError)
+    if card["id"] != fields.get("encoder"):
+        raise EncoderMismatch("an encoder's card carries another id than its manifest entry")
+    if card["match_output"] not in card["outputs"]:
+        raise UsageError(f"the card's match_output {card['match_output']!r} is not among its outputs")
+    if card["weights_sha256"] is None:
+        return
+    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS)[1] != card["weights_sha256"]:
+        raise EncoderMismatch(f"{WEIGHTS} does not match the sha256 on its card", next_step="isimed pretrain")
+
+
+def check_references(kept: Sequence[Artefact], added: Sequence[Artefact]) -> None:
+    """New artefacts may name only what the same generation holds, and an index covers one encoder's segments."""
+    everything = [*kept, *added]
+    encoders = {artefact.fields["encoder"] for artefact in everything if artefact.kind == "encoder"}
+    scans = {artefact.path for artefact in everything if artefact.kind == "scan"}
+    segments = {artefact.path: artefact.fields["encoder"] for artefact in everything if artefact.kind == "segment"}
+    for artefact in added:
+        encoder = artefact.fields.get("encoder")
+        if artefact.kind in ("segment", "frame", "index") and encoder not in encoders:
+            raise EncoderMismatch(
+                f"a {artefact.kind} was made by the encoder {str(encoder)[:12]!r}, which is not in the store",
+                next_step="isimed ls --encoders",
+            )
+        if artefact.kind == "segment" and artefact.fields["scan_artefact"] not in scans:
+            raise UsageError("a segment was made from a scan that is not in the store")
+        for path in artefact.fields.get("covers", ()):
+            if path not in segments:
+                raise UsageError("an index covers a segment that is not in the store", next_step="isimed index")
+            if segments[path] != encoder:
+                raise EncoderMismatch("an index covers segments of another encoder", next_step="isimed index")
+
+
+def check_rows(head: Snapshot, name: StoredTable, rows: pa.Table, added: Sequence[Artefact]) -> pa.Table:
+    """`rows` in the table's contract, or `UsageError` when they would not stand beside the rows that are there."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = conform(name, rows)
+    there = head.table(name)
+    try:
+        together = pa.concat_tables([there, rows], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UsageError(f"table {name}: a column has another type than in the store: {error}") from None
+    folded = [column.casefold() for column in together.column_names]
+    if len(set(folded)) < len(folded):
+        raise UsageError(f"table {name}: a column is in the store already but for upper and lower case")
+    key = table_contract(name)["key"]
+    counts = together.select(key).group_by(key).aggregate([([], "count_all")])
+    twice = counts.filter(pc.greater(counts["count_all"], 1))
+    if twice.num_rows:
+        what = ", ".join(str(twice[column][0].as_py()) for column in key)
+        raise UsageError(f"table {name}: {what} is there already", next_step="leave out what the store holds")
+    if name == "scans":
+        known = {artefact.path for artefact in (*head.manifest.artefacts, *added) if artefact.kind == "scan"}
+        if not known.issuperset(rows.column("artefact").to_pylist()):
+            raise UsageError("table scans: a row names voxels that are not in the store")
+    return rows

@@ -1,0 +1,141 @@
+"""Files and folders of a store: names, durable writes, sizes and digests.
+
+Durable means: the bytes *and* the folder entries that lead to them were synced, so that they outlive a power cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from isimed_index.errors import Incompatible
+
+FORMAT = "FORMAT.json"
+HEAD = "HEAD.json"
+MANIFESTS = "manifests"
+INTENTS = "intents"
+TMP = "tmp"
+CARD = "card.json"  # of an encoder
+WEIGHTS = "weights.safetensors"
+FOLDERS = {
+    "scan": "scans",
+    "encoder": "encoders",
+    "segment": "segments",
+    "table": "tables",
+    "frame": "frames",
+    "index": "indexes",
+}  # where artefacts of each kind live
+SUFFIXES = {"scan": ".zarr", "table": ".parquet"}
+
+_BLOCK = 1 << 20  # bytes read at once while hashing
+
+
+@dataclass(frozen=True, slots=True)
+class TreeDigest:
+    """Size and content hash of a file or folder: `sha256` over sorted lines `relpath NUL size NUL sha256(file)`."""
+
+    bytes: int
+    files: int
+    sha256: str
+
+
+def new_id() -> str:
+    """A fresh ULID: 26 characters, ordered by time."""
+    from ulid import ULID
+
+    return str(ULID())
+
+
+def sync_file(path: Path) -> None:
+    """Flush one file, or the entries of one folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or every file and folder below a folder, bottom up."""
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            sync_tree(entry)
+    sync_file(path)
+
+
+def tree_files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Each file of an artefact with its `/`-separated path inside it, in any order; a lone file has path ''."""
+    if path.is_file():
+        yield "", path
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder, name)
+            yield file.relative_to(path).as_posix(), file
+
+
+def tree_size(path: Path) -> tuple[int, int]:
+    """Bytes and number of files of an artefact, without reading them."""
+    sizes = [file.stat().st_size for _, file in tree_files(path)]
+    return sum(sizes), len(sizes)
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of one file."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def tree_digest(path: Path) -> TreeDigest:
+    """Read an artefact whole and return its size and digest."""
+    lines: list[bytes] = []
+    total = 0
+    for relative, file in tree_files(path):
+        size, digest = file_digest(file)
+        lines.append(f"{relative}\0{size}\0{digest}\n".encode())
+        total += size
+    return TreeDigest(total, len(lines), hashlib.sha256(b"".join(sorted(lines))).hexdigest())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and flush it; its folder's entry is left to the caller."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def publish(root: Path, target: Path, content: bytes) -> None:
+    """Make `target` appear with `content`, whole and durable, or raise `FileExistsError` when it is there already.
+
+    The hard link is the commit point: it fails when another process was first, which a rename would not.
+    """
+    draft = root / TMP / f"{new_id()}.json"
+    write_durably(draft, content)
+    try:
+        os.link(draft, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise Incompatible(
+            f"the store's file system cannot publish a commit with a hard link ({error.strerror})",
+            next_step="move the store to a file system with hard links",
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_file(target.parent)
+
+
+def replace_hint(root: Path, target: Path, content: bytes) -> None:
+    """Put `content` at `target` in one step without flushing: for hints that a reader may do without."""
+    draft = root / TMP / f"{new_id()}.json"
+    draft.write_bytes(content)
+    draft.replace(target)

@@ -1,0 +1,217 @@
+"""Manifests: the sequenced, hash-sealed documents that say what a store holds at each generation.
+
+A sealed document is JSON whose key `sha256` is the hash of its canonical form without that key: keys sorted, no
+spaces, ASCII, whole numbers only. The file is that canonical form with the hash in it, and a line feed: so any flipped
+bit or truncation breaks the seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from isimed_index.contracts import check_version
+from isimed_index.errors import IsimedError, NotFound, StoreDamaged, StoreWarning
+from isimed_index.store import files
+
+_ARTEFACT_PATH = re.compile(
+    r"(scans/[0-7][0-9A-HJKMNP-TV-Z]{25}\.zarr|tables/[0-7][0-9A-HJKMNP-TV-Z]{25}\.parquet"
+    r"|(encoders|segments|frames|indexes)/[0-7][0-9A-HJKMNP-TV-Z]{25})"
+)
+_DIGITS = 20  # of a manifest's file name: enough for any 64-bit generation, and sorted as text
+
+
+def canonical(document: Any) -> bytes:
+    """The one JSON text that stands for `document` when it is hashed."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """`document` as JSON bytes with its own hash under `sha256`."""
+    bare = {key: value for key, value in document.items() if key != "sha256"}
+    return canonical({**bare, "sha256": hashlib.sha256(canonical(bare)).hexdigest()}) + b"\n"
+
+
+def unseal(content: bytes, name: str) -> dict[str, Any]:
+    """The document in `content`, seal checked; `StoreDamaged` naming the file `name` otherwise."""
+    try:
+        document: dict[str, Any] = json.loads(content)
+        sealed = seal(document)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise StoreDamaged(f"{name} is not a sealed JSON document", next_step="isimed check") from None
+    if content != sealed:
+        raise StoreDamaged(f"{name} does not match its own hash", next_step="isimed check")
+    return document
+
+
+def utc_now() -> str:
+    """The time now in UTC, ISO 8601 to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One immutable file or folder of a store: where it is, how large, what it hashes to, and what its kind adds."""
+
+    kind: str  # scan, encoder, segment, table, frame or index
+    path: str  # relative to the store, such as segments/<ulid>
+    bytes: int
+    files: int
+    sha256: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The artefact as it stands in a manifest."""
+        own = {"kind": self.kind, "path": self.path, "bytes": self.bytes, "files": self.files, "sha256": self.sha256}
+        return {**self.fields, **own}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Artefact:
+        """Read an entry of a manifest; a path that leaves its folder raises `StoreDamaged`."""
+        own = ("kind", "path", "bytes", "files", "sha256")
+        kind, path, size, count, digest = (entry[key] for key in own)
+        if not _ARTEFACT_PATH.fullmatch(path) or files.FOLDERS.get(kind) != path.split("/")[0]:
+            raise StoreDamaged("a manifest names an artefact outside its folder", next_step="isimed check")
+        return cls(kind, path, size, count, digest, {key: entry[key] for key in entry if key not in own})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a store holds at one generation."""
+
+    generation: int
+    parent: tuple[int, str] | None  # generation and sha256 of the one before
+    write_id: str  # names the write, so that a writer can tell its own commit
+    time: str  # UTC, ISO 8601; never earlier than the parent's
+    verb: str  # add, pretrain, index, …
+    next_row_id: int  # the first patch row id that was never given
+    artefacts: tuple[Artefact, ...] = ()
+    features: tuple[str, ...] = ()
+    format_version: int = 1
+
+    def to_bytes(self) -> bytes:
+        """The manifest as sealed JSON."""
+        parent = None if self.parent is None else {"generation": self.parent[0], "sha256": self.parent[1]}
+        return seal(
+            {
+                "format_version": self.format_version,
+                "generation": self.generation,
+                "parent": parent,
+                "write_id": self.write_id,
+                "time": self.time,
+                "verb": self.verb,
+                "next_row_id": self.next_row_id,
+                "artefacts": [artefact.to_json() for artefact in self.artefacts],
+                "features": list(self.features),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Manifest:
+        """Read sealed JSON; `StoreDamaged` when the seal or the shape is wrong, `Incompatible` when it is newer."""
+        document = unseal(content, name)
+        check_version(document)
+        try:
+            parent = document["parent"]
+            return cls(
+                generation=document["generation"],
+                parent=None if parent is None else (parent["generation"], parent["sha256"]),
+                write_id=document["write_id"],
+                time=document["time"],
+                verb=document["verb"],
+                next_row_id=document["next_row_id"],
+                artefacts=tuple(map(Artefact.from_json, document["artefacts"])),
+                features=tuple(document["features"]),
+                format_version=document["format_version"],
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StoreDamaged(f"{name} is not a manifest", next_step="isimed check") from None
+
+    @property
+    def sha256(self) -> str:
+        """The hash that seals this manifest, by which its child names it."""
+        digest: str = json.loads(self.to_bytes())["sha256"]
+        return digest
+
+    @property
+    def rows(self) -> int:
+        """How many patch rows its segments hold."""
+        return sum(artefact.fields["rows"] for artefact in self.artefacts if artefact.kind == "segment")
+
+    def find(self, kind: str) -> list[Artefact]:
+        """Artefacts of one kind, in the order they were committed."""
+        return [artefact for artefact in self.artefacts if artefact.kind == kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One line of a store's history."""
+
+    generation: int
+    time: str  # UTC, ISO 8601
+    verb: str
+    artefacts: int
+    rows: int  # patch rows of all segments
+
+
+def manifest_path(root: Path, generation: int) -> Path:
+    """Where the manifest of a generation is."""
+    return root / files.MANIFESTS / f"{generation:0{_DIGITS}d}.json"
+
+
+def listed(root: Path) -> list[int]:
+    """All generations that have a manifest file, oldest first, none of them opened."""
+    try:
+        names = [path.stem for path in (root / files.MANIFESTS).iterdir() if path.suffix == ".json"]
+    except OSError:
+        raise StoreDamaged("the store's folder of manifests is missing", next_step="isimed check") from None
+    return sorted(int(name) for name in names if len(name) == _DIGITS and name.isdecimal())
+
+
+def load(root: Path, generation: int) -> Manifest:
+    """The verified manifest of one generation; `NotFound`, `StoreDamaged` or `Incompatible` otherwise."""
+    path = manifest_path(root, generation)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"the store has no generation {generation}", next_step="isimed log") from None
+    except OSError as error:
+        raise StoreDamaged(f"{path.name} cannot be read ({error.strerror})", next_step="isimed check") from None
+    manifest = Manifest.from_bytes(content, path.name)
+    if manifest.generation != generation:
+        raise StoreDamaged(f"{path.name} holds generation {manifest.generation}", next_step="isimed check")
+    return manifest
+
+
+def history(root: Path, until: int | None = None) -> list[Generation]:
+    """The store's history up to a generation, oldest first; a damaged one is left out with a `StoreWarning`."""
+    lines = []
+    for generation in listed(root):
+        if until is not None and generation > until:
+            break
+        try:
+            manifest = load(root, generation)
+        except StoreDamaged as error:
+            warnings.warn(f"{error}; it is left out of the history", StoreWarning, stacklevel=3)
+            continue
+        lines.append(Generation(generation, manifest.time, manifest.verb, len(manifest.artefacts), manifest.rows))
+    return lines
+
+
+def hinted(root: Path) -> int:
+    """The generation that the head hint names; -1 when there is none or it cannot be trusted.
+
+    Read it *before* listing manifests: it is written after its manifest, so the listing then reaches it.
+    """
+    try:
+        hint = unseal((root / files.HEAD).read_bytes(), files.HEAD)["generation"]
+    except (OSError, KeyError, IsimedError):
+        return -1
+    return hint if isinstance(hint, int) else -1

@@ -1,0 +1,189 @@
+"""Reading one pinned generation: no lock is taken, and later commits do not show.
+
+Every file is checked against the manifest the first time it is read in a process (see `integrity`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from isimed_index.contracts import arrow_schema
+from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
+from isimed_index.store.files import CARD
+from isimed_index.store.integrity import verify
+from isimed_index.store.manifest import Artefact, Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from isimed_index.store.segment import Segment
+
+StoredTable = Literal["scans", "subjects", "labels"]
+
+
+class Snapshot:
+    """A store as it was at one generation.
+
+    `behind` says that the newest generation is damaged and this older one stands in for it: it can be read, but
+    nothing can be committed until the store is repaired.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, behind: bool = False) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.behind = behind
+        self._tables: dict[str, pa.Table] = {}
+
+    @property
+    def generation(self) -> int:
+        """The generation that is pinned."""
+        return self.manifest.generation
+
+    def artefacts(self, kind: str) -> list[Artefact]:
+        """Artefacts of one kind (scan, encoder, segment, table, frame, index) in the order they were committed."""
+        return self.manifest.find(kind)
+
+    def verified(self, artefact: Artefact) -> Path:
+        """Where an artefact is on disk; `StoreDamaged` when it is missing or not as committed."""
+        return verify(self.path, artefact)
+
+    def table(self, name: StoredTable) -> pa.Table:
+        """All rows of `scans`, `subjects` or `labels` in commit order; the contract's columns come first."""
+        if name not in self._tables:
+            self._tables[name] = self._read_table(name)
+        return self._tables[name]
+
+    def _read_table(self, name: StoredTable) -> pa.Table:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pieces = [arrow_schema(name).empty_table()]
+        for artefact in self.artefacts("table"):
+            if artefact.fields["table"] != name:
+                continue
+            path = self.verified(artefact)
+            try:
+                piece = pq.read_table(path, partitioning=None)
+            except (OSError, pa.ArrowException):
+                raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step="isimed check") from None
+            if piece.num_rows != artefact.fields["rows"]:
+                raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step="isimed check")
+            pieces.append(piece)
+        return pa.concat_tables(pieces, promote_options="permissive")
+
+    @cached_property
+    def _scan_rows(self) -> dict[str, int]:
+        return {scan: row for row, scan in enumerate(self.table("scans").column("scan").to_pylist())}
+
+    def scan_ids(self) -> list[str]:
+        """Ids of all scans, in the order they were added."""
+        return list(self._scan_rows)
+
+    def scan_row(self, scan_id: str) -> dict[str, Any]:
+        """The row of `scans` with that id; `NotFound` names the ids that look like it."""
+        if scan_id not in self._scan_rows:
+            raise _not_found("scan", scan_id, list(self._scan_rows), "isimed ls")
+        row: dict[str, Any] = self.table("scans").slice(self._scan_rows[scan_id], 1).to_pylist()[0]
+        return row
+
+    def chunks_path(self, scan_id: str) -> Path:
+        """The folder with a scan's voxels, checked the first time."""
+        relative = self.scan_row(scan_id)["artefact"]
+        for artefact in self.artefacts("scan"):
+            if artefact.path == relative:
+                return self.verified(artefact)
+        raise StoreDamaged(f"the voxels of scan {scan_id!r} are not in the manifest", next_step="isimed check")
+
+    @cached_property
+    def scan_of(self) -> Mapping[str, str]:
+        """Scan id by the path of its voxels (a segment's `scan_artefact`)."""
+        scans = self.table("scans")
+        return dict(zip(scans.column("artefact").to_pylist(), scans.column("scan").to_pylist(), strict=True))
+
+    def card(self, artefact: Artefact) -> dict[str, Any]:
+        """The card of an encoder artefact, as it is on disk."""
+        path = self.verified(artefact) / CARD
+        try:
+            card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise StoreDamaged("an encoder's card cannot be read", next_step="isimed check") from None
+        return card
+
+    def encoder_artefact(self, encoder: str | None = None) -> Artefact:
+        """The encoder with that card id, unique beginning of one, or name (the newest of it); None: the newest."""
+        encoders = self.artefacts("encoder")
+        if encoder is None:
+            if not encoders:
+                raise NotFound("the store has no encoder yet", next_step="isimed pretrain")
+            return encoders[-1]
+        exact = [artefact for artefact in encoders if artefact.fields["encoder"] == encoder]
+        named = exact or [artefact for artefact in encoders if self.card(artefact).get("name") == encoder]
+        if named:
+            return named[-1]
+        begun = [artefact for artefact in encoders if encoder and artefact.fields["encoder"].startswith(encoder)]
+        if len({artefact.fields["encoder"] for artefact in begun}) == 1:
+            return begun[-1]
+        known = [name for artefact in encoders for name in (self.card(artefact)["name"], artefact.fields["encoder"])]
+        if begun:
+            raise NotFound(f"{encoder!r} is the beginning of {len(begun)} encoder ids", next_step="give more of the id")
+        raise _not_found("encoder", encoder, known, "isimed ls --encoders")
+
+    def encoder_path(self, encoder: str | None = None) -> Path:
+        """The folder of an encoder (`card.json`, `weights.safetensors`), found as `encoder_artefact` does, checked."""
+        return self.verified(self.encoder_artefact(encoder))
+
+    def segments(self, encoder_id: str | None = None) -> list[Segment]:
+        """Segments of one encoder (its full card id; None: of all), by rising row id."""
+        from isimed_index.store.segment import Segment
+
+        found = [
+            Segment(self.path, artefact)
+            for artefact in self.artefacts("segment")
+            if encoder_id is None or artefact.fields["encoder"] == encoder_id
+        ]
+        return sorted(found, key=lambda segment: segment.first_row_id)
+
+    def newest(self, kind: Literal["frame", "index"], encoder_id: str) -> Artefact | None:
+        """The frame or index of an encoder that was committed last."""
+        found = [artefact for artefact in self.artefacts(kind) if artefact.fields["encoder"] == encoder_id]
+        return found[-1] if found else None
+
+    def frame_path(self, encoder_id: str) -> Path | None:
+        """The folder of an encoder's newest canonical frame, checked; None when it has none."""
+        artefact = self.newest("frame", encoder_id)
+        return None if artefact is None else self.verified(artefact)
+
+    def index_path(self, encoder_id: str) -> Path | None:
+        """The folder of an encoder's newest index; None when it has none.
+
+        A missing or damaged index is None too, with a `StoreWarning`: an exact search then gives the right answer.
+        """
+        artefact = self.newest("index", encoder_id)
+        if artefact is None:
+            return None
+        try:
+            return self.verified(artefact)
+        except StoreDamaged as error:
+            warnings.warn(f"{error}; the search is exact and slower. Next: isimed index", StoreWarning, stacklevel=2)
+            return None
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> pa.Table:
+        """Run one read-only statement over the views of this generation; `SqlRefused` for anything else.
+
+        `params` fills `$name` in the query. The views are listed in `catalog`.
+        """
+        from isimed_index.store.catalog import run
+
+        return run(self, query, params, timeout_s)
+
+
+def _not_found(what: str, asked: str, known: list[str], listing: str) -> NotFound:
+    close = difflib.get_close_matches(asked, known, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return NotFound(f"no {what} {asked!r} in the store{hint}", next_step=listing)

@@ -1,0 +1,175 @@
+"""What every implementation of a protocol must do, as test classes: subclass, say how to make one, run pytest.
+
+class TestMyIndex(IndexConformance):
+    def make(self, blocks, metric):
+        return MyIndex(blocks, metric)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from isimed_index.errors import UsageError
+from isimed_index.index.protocol import NO_ROW, Block, Hits, Index, Metric
+
+_METRICS: tuple[Metric, ...] = ("l2", "cosine")
+
+
+def brute_force(
+    blocks: Sequence[Block], metric: Metric, queries: ArrayLike, k: int, among: Sequence[int] | None = None
+) -> Hits:
+    """The slow, obvious oracle: every distance in double precision, sorted by distance and row id."""
+    asked = np.asarray(queries, dtype=np.float64)
+    row_ids = np.full((len(asked), k), NO_ROW, dtype=np.int64)
+    distances = np.full((len(asked), k), np.inf, dtype=np.float32)
+    allowed = None if among is None else set(among)
+    for number, query in enumerate(asked):
+        ranked = sorted(
+            (np.float32(distance(query, vector, metric)), int(row_id))
+            for ids, vectors in blocks
+            for row_id, vector in zip(ids, vectors, strict=True)
+            if allowed is None or int(row_id) in allowed
+        )[:k]
+        for place, (far, row_id) in enumerate(ranked):
+            row_ids[number, place], distances[number, place] = row_id, far
+    return Hits(row_ids, distances)
+
+
+def distance(query: NDArray[np.float64], vector: ArrayLike, metric: Metric) -> float:
+    """Euclidean distance, or 1 - cosine (1 where a vector is zero), of two vectors (d,)."""
+    other = np.asarray(vector, dtype=np.float64)
+    if metric == "l2":
+        return float(np.linalg.norm(query - other))
+    lengths = float(np.linalg.norm(query) * np.linalg.norm(other))
+    return max(0.0, 1.0 - float(query @ other) / lengths) if lengths > 0 else 1.0
+
+
+class IndexConformance:
+    """The contract of `Index`, for implementations that are exact on a few hundred rows."""
+
+    tolerance = 2e-3  # of distances; float32 products of vectors of length ~10 cancel to about this
+
+    def make(self, blocks: Sequence[Block], metric: Metric) -> Index:
+        """Return the index under test over `blocks`."""
+        raise NotImplementedError
+
+    def test_finds_the_nearest_rows(self) -> None:
+        for metric in _METRICS:
+            blocks, queries = self.data()
+            for k in (1, 10):
+                self.check(self.make(blocks, metric).search(queries, k), blocks, metric, queries, k)
+
+    def test_a_stored_vector_finds_itself(self) -> None:
+        for metric in _METRICS:
+            blocks, _ = self.data()
+            row_ids, vectors = blocks[1]
+            hits = self.make(blocks, metric).search(vectors[:5], 1)
+            assert hits.row_ids[:, 0].tolist() == row_ids[:5].tolist()
+            np.testing.assert_allclose(hits.distances, 0, atol=self.tolerance)
+
+    def test_shapes_and_types(self) -> None:
+        blocks, queries = self.data()
+        hits = self.make(blocks, "l2").search(queries, 3)
+        assert (hits.row_ids.shape, hits.row_ids.dtype) == ((len(queries), 3), np.dtype(np.int64))
+        assert (hits.distances.shape, hits.distances.dtype) == ((len(queries), 3), np.dtype(np.float32))
+        assert self.make(blocks, "l2").search(queries[:0], 3).row_ids.shape == (0, 3)
+
+    def test_more_asked_than_there_is(self) -> None:
+        blocks, queries = self.data()
+        total = sum(len(row_ids) for row_ids, _ in blocks)
+        hits = self.make(blocks, "l2").search(queries, total + 7)
+        assert hits.found.sum(axis=1).tolist() == [total] * len(queries)
+        self.check(hits, blocks, "l2", queries, total + 7)
+
+    def test_a_filter_is_kept_and_filled(self) -> None:
+        rng = np.random.default_rng(3)
+        for metric in _METRICS:
+            blocks, queries = self.data()
+            index = self.make(blocks, metric)
+            every = np.concatenate([row_ids for row_ids, _ in blocks])
+            for share in (0.01, 0.1, 0.5, 0.99):
+                among = rng.permutation(every)[: max(1, int(share * every.size))]
+                hits = index.search(queries, 10, among)
+                assert hits.found.sum(axis=1).tolist() == [min(10, among.size)] * len(queries)
+                self.check(hits, blocks, metric, queries, 10, among.tolist())
+
+    def test_a_filter_along_one_axis_is_filled(self) -> None:
+        blocks, queries = self.data()
+        every = np.concatenate([row_ids for row_ids, _ in blocks])
+        height = np.concatenate([vectors[:, 0] for _, vectors in blocks])
+        among = every[np.argsort(height)[: every.size // 10]]
+        self.check(self.make(blocks, "l2").search(queries, 10, among), blocks, "l2", queries, 10, among.tolist())
+
+    def test_filters_of_strange_rows(self) -> None:
+        blocks, queries = self.data()
+        index = self.make(blocks, "l2")
+        first = int(blocks[0][0][0])
+        assert not index.search(queries, 4, []).found.any()
+        assert not index.search(queries, 4, [1, 2**40]).found.any()
+        twice = index.search(queries, 4, np.array([2**40, first, first, 1]))
+        assert twice.row_ids.tolist() == [[first, NO_ROW, NO_ROW, NO_ROW]] * len(queries)
+        assert np.isinf(twice.distances[:, 1:]).all()
+
+    def test_equal_vectors_are_all_found(self) -> None:
+        for metric in _METRICS:
+            row_ids = np.arange(5, 45, dtype=np.int64)
+            vectors = np.ones((40, 4), dtype=np.float32)
+            hits = self.make([(row_ids, vectors)], metric).search(np.ones((1, 4)), 40)
+            assert sorted(hits.row_ids[0].tolist()) == row_ids.tolist()
+
+    def test_a_zero_vector_has_no_direction(self) -> None:
+        vectors = np.array([[0, 0], [0, 3], [4, 0]], dtype=np.float32)
+        hits = self.make([(np.arange(3, dtype=np.int64), vectors)], "cosine").search([[0, 0], [1, 0]], 3)
+        np.testing.assert_allclose(hits.distances, [[1, 1, 1], [0, 1, 1]], atol=1e-6)
+        assert hits.row_ids[1, 0] == 2
+
+    def test_refuses_what_does_not_fit(self) -> None:
+        blocks, queries = self.data()
+        index = self.make(blocks, "l2")
+        refused: list[tuple[ArrayLike, int]] = [
+            (queries[:, :3], 1),
+            (queries[0], 1),
+            (queries, 0),
+            (np.full_like(queries, np.nan), 1),
+        ]
+        for asked, k in refused:
+            try:
+                index.search(asked, k)
+            except UsageError:
+                continue
+            raise AssertionError(f"queries {np.shape(asked)} with k = {k} were not refused")
+
+    @staticmethod
+    def data() -> tuple[list[Block], NDArray[np.float32]]:
+        """Three blocks of vectors (n, 8), the row ids with gaps between and within them, and queries (25, 8)."""
+        rng = np.random.default_rng(7)
+        starts = (1_000, 1_500, 90_000)
+        blocks: list[Block] = []
+        for start, size in zip(starts, (150, 40, 210), strict=True):
+            row_ids = start + np.arange(size, dtype=np.int64) * (2 if start == 1_500 else 1)
+            blocks.append((row_ids, rng.normal(0, 4, (size, 8)).astype(np.float32)))
+        return blocks, rng.normal(0, 4, (25, 8)).astype(np.float32)
+
+    def check(
+        self,
+        hits: Hits,
+        blocks: Sequence[Block],
+        metric: Metric,
+        queries: NDArray[np.float32],
+        k: int,
+        among: Sequence[int] | None = None,
+    ) -> None:
+        """Compare hits with brute force: the distances, that they are those of the rows, and that no row repeats."""
+        truth = brute_force(blocks, metric, queries, k, among)
+        assert hits.found.tolist() == truth.found.tolist()
+        np.testing.assert_allclose(hits.distances, truth.distances, atol=self.tolerance)
+        vectors = {int(row_id): vector for ids, block in blocks for row_id, vector in zip(ids, block, strict=True)}
+        for query, row_ids, distances in zip(queries, hits.row_ids.tolist(), hits.distances.tolist(), strict=True):
+            kept = [row_id for row_id in row_ids if row_id != NO_ROW]
+            assert len(set(kept)) == len(kept)
+            assert among is None or set(kept) <= set(among)
+            own = [distance(query.astype(np.float64), vectors[row_id], metric) for row_id in kept]
+            np.testing.assert_allclose(distances[: len(kept)], own, atol=self.tolerance)

@@ -1,0 +1,457 @@
+"""Each command parses its options, calls one function of the library with them, and renders what comes back."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import isimed_index
+from isimed_cli.main import app, main
+from isimed_index.api import Store
+from isimed_index.errors import (
+    EncoderMismatch,
+    Incompatible,
+    OutsideScan,
+    RecallBelowTarget,
+    ScanRefused,
+    SqlRefused,
+    StoreDamaged,
+    StoreLocked,
+    StoreNotFound,
+)
+
+ROWS = pa.table({"scan": ["a", "b"], "x_mm": [1.25, -7.0], "voxel": [[1, 2, 3], [4, 5, 6]]})
+REFUSAL = SimpleNamespace(name="bad.nii", kind="scan_refused", reason="not a NIfTI file", next_step="convert it")
+
+
+class FakeStore:
+    """Stands in for the facade: remembers each call, answers with what the test put in `answers`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        matches = SimpleNamespace(to_arrow=lambda: ROWS)
+        self.answers: dict[str, Any] = {
+            "add": SimpleNamespace(added=["a"], unchanged=["b"], refused=[]),
+            "pretrain": SimpleNamespace(id="c0ffee", name="first"),
+            "index": SimpleNamespace(
+                encoder="c0ffee",
+                encoded=["a"],
+                skipped=["b"],
+                refused=[],
+                patches=12,
+                recall_at_10=0.99,
+                index_kind="flat",
+            ),
+            "lookup": matches,
+            "search_patches": matches,
+            "evaluate": matches,
+            "sql": ROWS,
+            "scans": ROWS,
+            "encoders": ROWS,
+            "log": ROWS,
+            "info": {"scans": 2, "encoders": ["c0ffee"], "bytes": 3.5},
+            "plot": None,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.answers:
+            raise AttributeError(name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("progress", None)
+            self.calls.append((name, args, kwargs))
+            if isinstance(self.answers[name], BaseException):
+                raise self.answers[name]
+            return self.answers[name]
+
+        return call
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStore:
+    """A fake store behind `isimed_index.open`, in a folder with the files that examples name."""
+    fake = FakeStore()
+    fake.opened = []  # type: ignore[attr-defined]
+
+    def opened(path: Path, mode: str = "r", generation: int | None = None) -> FakeStore:
+        fake.opened.append((Path(path).name, mode))  # type: ignore[attr-defined]
+        return fake
+
+    monkeypatch.setitem(vars(isimed_index), "open", opened)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "participants.tsv").write_text("participant_id\tsplit\n")
+    (tmp_path / "more.toml").write_text("epochs = 3\n")
+    return fake
+
+
+QUERY = {"space": "ras", "k": 10, "where": None, "within_mm": None, "same_subject": "exclude"}
+QUERY |= {"cycle": False, "exact": False, "encoder": None}
+IMAGES = Path("images")
+# Command line → the one call of the facade that it must make.
+CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    (
+        "add images --labels {stem}_seg.nii.gz --metadata images/participants.tsv --subject-from s(..) --spacing 2 "
+        "--workers 3",
+        "add",
+        ([IMAGES],),
+        {
+            "labels": "{stem}_seg.nii.gz",
+            "label_names": None,
+            "metadata": IMAGES / "participants.tsv",
+            "subject_from": "s(..)",
+            "spacing_mm": 2.0,
+            "workers": 3,
+        },
+    ),
+    (
+        "pretrain --preset tiny --config more.toml --epochs 4 --batch-scans 2 --patches-per-scan 8 --device cpu "
+        "--resume --name first --where nx>3 --seed 5",
+        "pretrain",
+        (),
+        {
+            "method": "isimed",
+            "preset": "tiny",
+            "config": Path("more.toml"),
+            "epochs": 4,
+            "batch_scans": 2,
+            "patches_per_scan": 8,
+            "device": "cpu",
+            "resume": True,
+            "name": "first",
+            "where": "nx>3",
+            "seed": 5,
+        },
+    ),
+    (
+        "index --encoder first --stride 8 --where nx>3 --scheduler processes --device cpu --min-recall 0.9 "
+        "--max-ram 2G",
+        "index",
+        (),
+        {
+            "encoder": "first",
+            "stride_mm": 8.0,
+            "where": "nx>3",
+            "scheduler": "processes",
+            "device": "cpu",
+            "min_recall": 0.9,
+            "max_ram": 2 * 1024**3,
+        },
+    ),
+    ("query --point -12,-40,88 --scan a", "lookup", (), {**QUERY, "point": (-12.0, -40.0, 88.0), "scan": "a"}),
+    (
+        "query --point=-1.5,2e1,0 --scan b.nii.gz --space lps -k 3 --where nx>3 --within 20 --same-subject only "
+        "--cycle --exact --encoder first",
+        "lookup",
+        (),
+        {
+            "point": (-1.5, 20.0, 0.0),
+            "scan": Path("b.nii.gz"),
+            "space": "lps",
+            "k": 3,
+            "where": "nx>3",
+            "within_mm": 20.0,
+            "same_subject": "only",
+            "cycle": True,
+            "exact": True,
+            "encoder": "first",
+        },
+    ),
+    ("query --patches --point 1,2,3 --scan a", "search_patches", (), {**QUERY, "point": (1.0, 2.0, 3.0), "scan": "a"}),
+    (
+        "sql SELECT -p n 3 -p name x -p r=0.5 --timeout 2",
+        "sql",
+        ("SELECT",),
+        {"params": {"n": 3, "name": "x", "r": 0.5}, "timeout_s": 2.0},
+    ),
+    ("info", "info", (), {}),
+    ("ls", "scans", (), {}),
+    ("ls encoders", "encoders", (), {}),
+    ("log", "log", (), {}),
+    (
+        "evaluate --pairs 4 --seed 2 --label-where label<9",
+        "evaluate",
+        (),
+        {"encoder": None, "where": None, "label_where": "label<9", "pairs": 4, "seed": 2},
+    ),
+    ("plot umap --out u.png", "plot", ("umap",), {"out": Path("u.png"), "encoder": None, "where": None, "seed": 0}),
+    ("plot training --out t.png", "plot", ("training",), {"out": Path("t.png"), "encoder": None}),
+    (
+        "plot match --point 1,2,-3 --scan a --out m.png",
+        "plot",
+        ("match",),
+        {
+            "out": Path("m.png"),
+            "encoder": None,
+            "point": (1.0, 2.0, -3.0),
+            "scan": "a",
+            "space": "ras",
+            "k": 3,
+            "where": None,
+        },
+    ),
+]
+ids = [line[:30] for line, *_ in CALLS]
+
+
+@pytest.mark.parametrize(("line", "method", "args", "kwargs"), CALLS, ids=ids)
+def test_a_command_makes_one_call(store: FakeStore, line: str, method: str, args: tuple[Any, ...], kwargs: Any):
+    assert main(line.split()) == 0
+    assert store.calls == [(method, args, kwargs)]
+    writes = method in ("add", "pretrain", "index")
+    assert store.opened == [("cohort.isimed", "a" if writes else "r")]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("line", "method", "args", "kwargs"), CALLS, ids=ids)
+def test_the_call_fits_the_facade(line: str, method: str, args: tuple[Any, ...], kwargs: Any):
+    inspect.signature(getattr(Store, method)).bind(None, *args, **kwargs)
+
+
+def test_index_and_pretrain_add_paths_first(store: FakeStore):
+    assert main(["index", "images"]) == 0
+    assert main(["pretrain", "images"]) == 0
+    assert [name for name, *_ in store.calls] == ["add", "index", "add", "pretrain"]
+
+
+def test_add_makes_a_store_where_there_is_none(store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    def none_there(path: Path, **_: Any) -> None:
+        raise StoreNotFound("no store at new.isimed", next_step="isimed add")
+
+    made: list[Path] = []
+    monkeypatch.setitem(vars(isimed_index), "open", none_there)
+    monkeypatch.setitem(vars(isimed_index), "create", lambda path: made.append(path) or store)
+    assert main(["add", "images", "-s", "new.isimed"]) == 0
+    assert made == [Path("new.isimed")]
+    assert main(["ls", "-s", "new.isimed"]) == 10
+    assert main(["index", "-s", "new.isimed"]) == 10
+    assert capsys.readouterr().err.count("error[store_not_found]") == 2
+
+
+class TestOptions:
+    def test_every_option_has_an_environment_variable(self, store: FakeStore):
+        variables = {
+            "ISIMED_STORE": "other.isimed",
+            "ISIMED_QUERY_POINT": "-1,-2,-3",
+            "ISIMED_QUERY_SCAN": "a",
+            "ISIMED_QUERY_K": "4",
+            "ISIMED_FORMAT": "ndjson",
+        }
+        result = CliRunner().invoke(app, ["query"], env=variables)
+        assert result.exit_code == 0, result.output
+        assert store.calls[0][2]["point"] == (-1.0, -2.0, -3.0)
+        assert store.calls[0][2]["k"] == 4
+        assert store.opened == [("other.isimed", "r")]  # type: ignore[attr-defined]
+        assert json.loads(result.stdout.splitlines()[0])["scan"] == "a"
+
+    @pytest.mark.parametrize("point", ["1,2", "1,2,3,4", "a,b,c", "", "nan,0,0", "1,2,inf", "1;2;3"])
+    def test_a_malformed_point_is_one_clear_line(self, store: FakeStore, capsys: Any, point: str):
+        assert main(["query", "--point", point, "--scan", "a"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error[usage]: ")
+        assert "three" in lines[0]
+        assert lines[0].endswith("Next: isimed query --help")
+        assert store.calls == []
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "query --scan a",
+            "query --point 1,2,3 --scan a -k 0",
+            "query --point 1,2,3 --scan a --space mni",
+            "query --pint 1,2,3 --scan a",
+            "add",
+            "add nowhere",
+            "add images --workers 0",
+            "index --max-ram much",
+            "index --min-recall 1.5",
+            "sql SELECT -p name",
+            "plot match --out m.png",
+            "plot circle --out m.png",
+            "plot umap",
+            "nothing",
+        ],
+    )
+    def test_wrong_usage_is_exit_2_and_one_line(self, store: FakeStore, capsys: Any, line: str):
+        assert main(line.split()) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1
+        assert errors[0].startswith("error[usage]: ")
+        assert "Next: isimed" in errors[0]
+        assert store.calls == []
+
+    @pytest.mark.parametrize(
+        ("text", "size"), [("4G", 4 * 1024**3), ("512M", 512 * 1024**2), ("1.5GiB", 3 * 1024**3 // 2), ("100", 100)]
+    )
+    def test_sizes(self, store: FakeStore, text: str, size: int):
+        assert main(["index", "--max-ram", text]) == 0
+        assert store.calls[0][2]["max_ram"] == size
+
+    def test_sql_reads_its_statement_from_stdin(self, store: FakeStore, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 1"))
+        assert main(["sql", "-"]) == 0
+        assert store.calls[0][1] == ("SELECT 1",)
+
+
+class TestBatches:
+    def test_part_refused_is_exit_3_listed_and_reported(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        store.answers["add"].refused = [REFUSAL]
+        assert main(["add", "images", "--report", "report.json"]) == 3
+        told = capsys.readouterr()
+        assert told.out == "added 1 · unchanged 1 · refused 1\n"
+        assert told.err == "error[scan_refused]: bad.nii: not a NIfTI file. Next: convert it\n"
+        assert json.loads((tmp_path / "report.json").read_text()) == {
+            "added": ["a"],
+            "unchanged": ["b"],
+            "refused": [
+                {"name": "bad.nii", "kind": "scan_refused", "reason": "not a NIfTI file", "next_step": "convert it"}
+            ],
+        }
+
+    def test_a_reason_that_names_its_file_is_not_prefixed_again(self, store: FakeStore, capsys: Any):
+        refusal = SimpleNamespace(name="bad.nii", kind="scan_refused", reason="bad.nii: no image.", next_step="")
+        store.answers["add"].refused = [refusal]
+        assert main(["add", "images"]) == 3
+        assert capsys.readouterr().err == "error[scan_refused]: bad.nii: no image.\n"
+
+    def test_all_refused_is_exit_1(self, store: FakeStore):
+        store.answers["add"] = SimpleNamespace(added=[], unchanged=[], refused=[REFUSAL])
+        assert main(["add", "images"]) == 1
+
+    def test_rows_of_an_add(self, store: FakeStore, capsys: Any):
+        store.answers["add"].refused = [REFUSAL]
+        assert main(["add", "images", "--json"]) == 3
+        rows = json.loads(capsys.readouterr().out)
+        assert [(row["name"], row["status"], row["kind"]) for row in rows] == [
+            ("a", "added", None),
+            ("b", "unchanged", None),
+            ("bad.nii", "refused", "scan_refused"),
+        ]
+
+    def test_index_tells_counts_and_refusals(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        store.answers["index"].refused = [REFUSAL]
+        assert main(["index", "--report", "r.json"]) == 3
+        told = capsys.readouterr().out
+        assert "recall_at_10  0.99" in told
+        assert "refused       1" in told
+        assert json.loads((tmp_path / "r.json").read_text())["encoded"] == ["a"]
+
+    def test_refusals_of_added_paths_count_in_index_and_pretrain(self, store: FakeStore, capsys: Any):
+        store.answers["add"].refused = [REFUSAL]
+        assert main(["pretrain", "images"]) == 3
+        assert main(["index", "images"]) == 3
+        assert capsys.readouterr().err.count("bad.nii: not a NIfTI file") == 2
+
+    def test_pretrain_prints_the_card_id_alone(self, store: FakeStore, capsys: Any):
+        assert main(["pretrain"]) == 0
+        assert capsys.readouterr().out == "c0ffee\n"
+        assert main(["pretrain", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"encoder": "c0ffee", "name": "first"}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (ScanRefused("x"), 1),
+            (OutsideScan("x"), 1),
+            (SqlRefused("x"), 1),
+            (StoreNotFound("x"), 10),
+            (StoreLocked("x"), 11),
+            (StoreDamaged("x"), 12),
+            (Incompatible("x"), 13),
+            (EncoderMismatch("x"), 13),
+            (RecallBelowTarget("x"), 14),
+            (KeyboardInterrupt(), 130),
+            (ZeroDivisionError("a bug"), 1),
+        ],
+    )
+    def test_exit_codes_and_one_line(self, store: FakeStore, capsys: Any, error: BaseException, code: int):
+        store.answers["sql"] = error
+        assert main(["sql", "SELECT 1"]) == code
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert len(told.err.splitlines()) == 1
+        assert told.err.startswith(f"error[{getattr(error, 'kind', 'in')}")
+
+    def test_the_traceback_only_with_debug(self, store: FakeStore, capsys: Any):
+        store.answers["sql"] = StoreDamaged("a file is short", next_step="isimed repair")
+        main(["sql", "SELECT 1", "--debug"])
+        told = capsys.readouterr().err
+        assert "Traceback" in told
+        assert told.splitlines()[-1] == "error[store_damaged]: a file is short. Next: isimed repair"
+
+    def test_a_reader_that_leaves_is_no_error(self, store: FakeStore, capsys: Any):
+        store.answers["sql"] = BrokenPipeError()
+        assert main(["sql", "SELECT 1"]) == 0
+        assert capsys.readouterr().err == ""
+
+    def test_a_library_warning_is_one_line(self, store: FakeStore, capsys: Any):
+        class StoreWarning(UserWarning):
+            __module__ = "isimed_index.store"
+
+        def warn() -> dict[str, int]:
+            warnings.simplefilter("always")
+            warnings.warn("index missing,\n searched exactly", StoreWarning, stacklevel=1)
+            warnings.warn("some package is old", UserWarning, stacklevel=1)
+            return {"scans": 0}
+
+        store.info = warn  # type: ignore[method-assign]
+        assert main(["info"]) == 0
+        assert capsys.readouterr().err == "warning: index missing, searched exactly\n"
+        assert main(["info", "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
+
+
+class TestRows:
+    def test_formats_say_the_same(self, store: FakeStore, capsys: Any):
+        expected = ROWS.to_pylist()
+        assert main(["ls", "--format", "json"]) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+        assert main(["ls", "--format", "ndjson"]) == 0
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+        assert main(["ls", "--format", "csv"]) == 0
+        assert capsys.readouterr().out == "scan,x_mm,voxel\na,1.25,1 2 3\nb,-7.0,4 5 6\n"
+        assert main(["ls"]) == 0
+        assert capsys.readouterr().out.splitlines()[2] == "a      1.25  1 2 3"
+
+    @pytest.mark.parametrize("name", ["r.parquet", "r.arrow", "r.csv", "r.json", "r.ndjson"])
+    def test_out_writes_what_the_suffix_names(self, store: FakeStore, tmp_path: Path, capsys: Any, name: str):
+        assert main(["sql", "SELECT 1", "--out", name]) == 0
+        assert capsys.readouterr().out == ""
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            assert pq.read_table(path).equals(ROWS)
+        elif name.endswith("arrow"):
+            assert pa.ipc.open_file(pa.OSFile(str(path))).read_all().equals(ROWS)
+        elif name.endswith("ndjson"):
+            assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS.to_pylist()
+        elif name.endswith("json"):
+            assert json.loads(path.read_text()) == ROWS.to_pylist()
+        else:
+            assert path.read_text().startswith("scan,x_mm,voxel\n")
+
+    def test_format_wins_over_the_suffix(self, store: FakeStore, tmp_path: Path):
+        assert main(["ls", "--out", "rows.dat", "--format", "parquet"]) == 0
+        assert pq.read_table(tmp_path / "rows.dat").equals(ROWS)
+
+    @pytest.mark.parametrize("line", ["ls --format arrow", "ls --out rows.dat", "info --format parquet"])
+    def test_what_cannot_be_written_is_a_usage_error(self, store: FakeStore, capsys: Any, line: str):
+        assert main(line.split()) == 2
+        assert capsys.readouterr().err.startswith("error[usage]: ")
+
+    def test_info_is_one_object(self, store: FakeStore, capsys: Any):
+        assert main(["info", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"scans": 2, "encoders": ["c0ffee"], "bytes": 3.5}
+        assert main(["info"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "scans     2"

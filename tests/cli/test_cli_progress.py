@@ -1,0 +1,81 @@
+"""Progress goes to stderr: bars on a terminal, lines in a log, nothing when it is not wanted."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from isimed_cli import progress as shown_progress
+from isimed_cli.progress import Bars, Lines, progress_on
+from isimed_index.progress import Progress, Silent
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def work(progress: Progress) -> None:
+    """An outer job of two steps with one inner job."""
+    progress.start("encode", 2, "scans")
+    progress.start("load", None, "files")
+    progress.advance(3)
+    progress.finish()
+    progress.advance(note="310 patches/s")
+    progress.advance()
+    progress.finish()
+
+
+def test_lines_tell_the_end_of_each_task_and_its_last_note():
+    stream = io.StringIO()
+    with progress_on(stream, shown=True) as progress:
+        assert isinstance(progress, Lines)
+        work(progress)
+    assert stream.getvalue().splitlines() == ["load: 3 files · 0 s", "encode: 2/2 scans · 0 s · 310 patches/s"]
+
+
+def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("train", 100, "epochs")
+    for _ in range(40):
+        clock[0] += 1
+        lines.advance(note="loss 0.1")
+    assert stream.getvalue().splitlines() == [
+        "train: 10/100 epochs · 10 s · loss 0.1",
+        "train: 20/100 epochs · 20 s · loss 0.1",
+        "train: 30/100 epochs · 30 s · loss 0.1",
+        "train: 40/100 epochs · 40 s · loss 0.1",
+    ]
+
+
+def test_bars_show_name_count_and_note_and_close_after_an_error():
+    stream = Terminal()
+
+    def fail() -> None:
+        with progress_on(stream, shown=True) as progress:
+            assert isinstance(progress, Bars)
+            work(progress)
+            progress.start("measure", 5, "pairs")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    text = stream.getvalue()
+    assert "encode" in text
+    assert "2/2" in text
+    assert "310 patches/s" in text
+    assert "\x1b[?25h" in text  # the cursor is back
+
+
+def test_nothing_is_shown_when_not_wanted():
+    stream = Terminal()
+    with progress_on(stream, shown=False) as progress:
+        assert isinstance(progress, Silent)
+        work(progress)
+    assert stream.getvalue() == ""

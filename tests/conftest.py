@@ -1,0 +1,25 @@
+"""What all tests share: one thread a process, and the way to the real volumes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("isimed", deadline=None, max_examples=50)
+settings.load_profile("isimed")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real volumes: `ISIMED_TEST_DATA`, else `shared/data` beside the repository; skips without one."""
+    named = os.environ.get("ISIMED_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real volumes: set ISIMED_TEST_DATA to their folder")
+    return folder

@@ -1,0 +1,141 @@
+"""Search over live rows: FAISS, fresh tail, dead rows, filters and damage give one right answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isimed_index.errors import StoreWarning
+from isimed_index.index.card import row_ranges
+from isimed_index.index.exact import ExactIndex
+from isimed_index.index.faiss_index import FaissIndex, Recipe
+from isimed_index.index.plan import build_index
+from isimed_index.index.protocol import Block, Metric
+from isimed_index.index.search import LiveIndex, search
+from isimed_index.testing.conformance import brute_force
+
+RNG = np.random.default_rng(5)
+SEGMENTS: list[Block] = [
+    (np.arange(start, start + 60), RNG.normal(size=(60, 6)).astype(np.float32)) for start in range(0, 360, 90)
+]
+QUERIES = RNG.normal(size=(7, 6)).astype(np.float32)
+
+
+def index_over(blocks: list[Block], metric: Metric, recipe: Recipe) -> FaissIndex:
+    sample = np.concatenate([vectors for _, vectors in blocks])
+    return FaissIndex.build(blocks, metric, recipe, 6, sample)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    old=st.sets(st.integers(0, 3), min_size=1),
+    alive=st.sets(st.integers(0, 3)),
+    metric=st.sampled_from(["l2", "cosine"]),
+    recipe=st.sampled_from([Recipe("Flat"), Recipe("IVF1,SQ8", 1, 1)]),
+    among=st.none() | st.lists(st.integers(-5, 400), max_size=80),
+    k=st.integers(1, 70),
+)
+def test_equals_brute_force_over_live_rows(
+    old: set[int], alive: set[int], metric: Metric, recipe: Recipe, among: list[int] | None, k: int
+) -> None:
+    """Segments come (fresh tail) and go (dead rows) after the index was built."""
+    indexed = [SEGMENTS[number] for number in sorted(old)]
+    live = [SEGMENTS[number] for number in sorted(alive)]
+    index = index_over(indexed, metric, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isimed_index.index.search._ALWAYS_EXACT", 0)
+        patch.setattr("isimed_index.index.search._EXACT_SHARE", 0.0)
+        joined = LiveIndex(live, metric, index, row_ranges([ids for ids, _ in indexed]))
+        hits = joined.search(QUERIES, k, among)
+    truth = brute_force(live, metric, QUERIES, k, among)
+    assert hits.found.tolist() == truth.found.tolist()
+    np.testing.assert_allclose(hits.distances, truth.distances, atol=1e-6)
+    assert joined.search(QUERIES, k, among, exact=True).row_ids.tolist() == truth.row_ids.tolist()
+    if among is not None:
+        assert np.isin(hits.row_ids[hits.found], among).all()
+
+
+def test_a_part_of_a_block_may_be_covered() -> None:
+    """Compaction joins covered and fresh segments into one block."""
+    joined = [(np.concatenate([ids for ids, _ in SEGMENTS]), np.concatenate([v for _, v in SEGMENTS]))]
+    index = index_over(SEGMENTS[1:2], "l2", Recipe("Flat"))
+    live = LiveIndex(joined, "l2", index, row_ranges([SEGMENTS[1][0]]))
+    assert live.search(QUERIES, 9).row_ids.tolist() == brute_force(joined, "l2", QUERIES, 9).row_ids.tolist()
+
+
+class Liar:
+    """A FAISS index that ignores its filter and returns too little."""
+
+    def __len__(self) -> int:
+        return 240
+
+    def search(self, queries: np.ndarray, k: int, among: object) -> object:
+        hits = ExactIndex(SEGMENTS, "l2").search(queries, k)
+        hits.row_ids[:, 1:], hits.distances[:, 1:] = -1, np.inf
+        return hits
+
+
+def test_answers_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isimed_index.index.search._ALWAYS_EXACT", 0)
+    live = LiveIndex(SEGMENTS, "l2", Liar(), row_ranges([ids for ids, _ in SEGMENTS]))  # type: ignore[arg-type]
+    among = np.arange(95, 140)
+    truth = brute_force(SEGMENTS, "l2", QUERIES, 5, among.tolist())
+    assert live.search(QUERIES, 5, among).row_ids.tolist() == truth.row_ids.tolist()
+
+
+@pytest.fixture
+def broken_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("FAISS was asked")
+
+    monkeypatch.setattr(FaissIndex, "search", refuse)
+
+
+@pytest.mark.usefixtures("broken_search")
+def test_few_rows_are_searched_exactly(tmp_path: Path) -> None:
+    build = LiveIndex(SEGMENTS, "l2", index_over(SEGMENTS, "l2", Recipe("Flat")), ((0, 360),))
+    assert build.search(QUERIES, 2, [3, 4]).found.all()
+    assert build.search(QUERIES, 2, exact=True).found.all()
+    with pytest.raises(AssertionError, match="FAISS was asked"):
+        build.search(QUERIES, 2)
+
+
+@pytest.mark.parametrize(
+    "harm", ["index gone", "card gone", "all gone", "index flipped", "card flipped", "other metric", "no faiss"]
+)
+def test_damage_costs_time_but_no_answer(tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "index"
+    build_index(directory, SEGMENTS, "cosine" if harm == "other metric" else "l2")
+    index, card = directory / "index.faiss", directory / "index.json"
+    if harm in ("index gone", "all gone"):
+        index.unlink()
+    if harm in ("card gone", "all gone"):
+        card.unlink()
+    if harm.endswith("flipped"):
+        path = index if harm.startswith("index") else card
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    if harm == "no faiss":
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.warns(StoreWarning, match="searching exactly"):
+        hits = search(SEGMENTS, "l2", directory, QUERIES, 5)
+    assert hits.row_ids.tolist() == brute_force(SEGMENTS, "l2", QUERIES, 5).row_ids.tolist()
+
+
+def test_an_index_of_other_dimensions_is_not_asked(tmp_path: Path) -> None:
+    build_index(tmp_path, [(np.arange(9), np.eye(9, dtype=np.float32))], "l2")
+    with pytest.warns(StoreWarning, match="9-d"):
+        assert search(SEGMENTS, "l2", tmp_path, QUERIES, 5).found.all()
+
+
+def test_without_an_index(tmp_path: Path) -> None:
+    truth = brute_force(SEGMENTS, "l2", QUERIES, 5)
+    assert search(SEGMENTS, "l2", None, QUERIES, 5).row_ids.tolist() == truth.row_ids.tolist()
+    assert search(SEGMENTS, "l2", tmp_path / "absent", QUERIES, 5, exact=True).found.all()
+    assert not LiveIndex([], "l2").search(QUERIES, 5).found.any()
