@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from isimed_index.errors import UsageError
 from isimed_index.ingest import AddOptions, AddReport, Refusal, add
 from isimed_index.progress import Progress, Silent
+from isimed_index.scans.discover import SUFFIXES
 from isimed_index.space import Space
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AddReport", "Refusal", "Store", "create", "open"]
 
-_UMAP_PATCHES = 8000  # drawn by `plot umap`
+_UMAP_PATCHES = 4000  # drawn by `plot umap`
 FilePath = str | Path
 PointLike = Sequence[float]
 
@@ -173,7 +174,13 @@ class Store:
             card = write_encoder(directory, trained.card, trained.state)
             shutil.copyfile(trained.metrics, directory / "metrics.jsonl")
             artefact = transaction.add("encoder", directory, encoder=card.id)
-            transaction.commit(lambda _: Proposal(add=[artefact]))
+
+            def propose(head: Snapshot) -> Proposal:
+                # The same run again gives the same weights, and so the same id: there is nothing to add.
+                there = {known.fields["encoder"] for known in head.artefacts("encoder")}
+                return Proposal(add=[] if card.id in there else [artefact])
+
+            transaction.commit(propose)
         shutil.rmtree(run)
         self.refresh()
         return card
@@ -345,9 +352,12 @@ class Store:
         """A stored scan by id, or else a file."""
         if isinstance(scan, str) and scan in self.snapshot.scan_ids():
             return lookup.source(scan)
-        if Path(scan).is_file():
-            return lookup.source_of_file(Path(scan))
-        return lookup.source(str(scan))  # raises NotFound, with the ids that look like it
+        path = Path(scan)
+        if path.is_file():
+            return lookup.source_of_file(path)
+        if isinstance(scan, Path) or path.name.lower().endswith(SUFFIXES):
+            raise UsageError(f"there is no file {path.name}", next_step="check the path, or give a scan's id")
+        return lookup.source(scan)  # raises NotFound, with the ids that look like it
 
     def _scan_ids(self, where: str | None) -> list[str]:
         condition = "" if where is None else f" WHERE ({where})"
@@ -364,10 +374,13 @@ def _working_volume(snapshot: Snapshot, scan: str, spacing_mm: float) -> Volume:
 
 
 def _triple(point: PointLike) -> tuple[float, float, float]:
-    values = [float(value) for value in point]
-    if len(values) != 3 or not all(math.isfinite(value) for value in values):
-        raise UsageError(f"expected a point of three finite numbers, found {list(point)}")
-    return values[0], values[1], values[2]
+    try:
+        x, y, z = (float(value) for value in point)
+    except (TypeError, ValueError):
+        x = y = z = math.nan
+    if not all(map(math.isfinite, (x, y, z))):
+        raise UsageError(f"expected a point of three finite numbers, found {point!r}")
+    return x, y, z
 
 
 def _path(path: FilePath | None) -> Path | None:

@@ -6,6 +6,7 @@ defaults of the class  ←  preset (a TOML in the package)  ←  --config FILE.t
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,17 +25,24 @@ class Augmentation:
     """How strongly two views of a place differ; probabilities in 0…1, no view is ever mirrored.
 
     `rotation_deg` and `scale` (a fraction) bound the pose; `curve_probability` draws a random contrast curve, of which
-    `arbitrary_curve_probability` are not monotone and `invert_probability` are turned upside down; `bias` is the sd of
-    the log of a smooth shading field; `noise` bounds the sd of the noise, in units of the −1…1 intensity range.
+    `arbitrary_curve_probability` are not monotone and `invert_probability` are turned upside down (shares of the
+    curves, not of the views); `bias` is the sd of the log of a smooth shading field; `noise` bounds the sd of the
+    noise, in units of the −1…1 intensity range.
     """
 
     rotation_deg: float = 10.0
     scale: float = 0.08
     curve_probability: float = 0.7
     arbitrary_curve_probability: float = 0.3
-    invert_probability: float = 0.2
+    invert_probability: float = 0.3
     bias: float = 0.3
     noise: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_least(self, dict.fromkeys(("rotation_deg", "scale", "bias", "noise"), 0))
+        for name in ("curve_probability", "arbitrary_curve_probability", "invert_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"expected {name} from 0 to 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +90,12 @@ class PretrainConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        for name in ("width", "crops_per_scan", "batch_scans", "epochs", "patches_per_scan", "embedding_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"expected {name} ≥ 1, found {getattr(self, name)}")
+        _check_least(self, dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0))
+        for name in ("spacing_mm", "unit_mm", "learning_rate", "temperature", "decay"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
+        if not self.distance_weight + self.coordinate_weight + self.descriptor_weight > 0:
+            raise ConfigError("at least one objective needs a weight above 0")
         if self.views_per_crop not in (1, 2):
             raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
         if self.view_vox < 32 or (self.view_vox - 32) % 4:
@@ -93,9 +104,37 @@ class PretrainConfig:
             raise ConfigError("the descriptor objective needs two views per crop, each wider than one patch")
         if self.network == "densenet121" and (self.coordinate_weight or self.descriptor_weight or self.view_vox != 32):
             raise ConfigError("densenet121 takes single 32³ patches and has neither a coordinate nor a descriptor head")
-        for name in ("spacing_mm", "unit_mm", "learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
+
+
+_AT_LEAST_ONE = (
+    "width",
+    "embedding_dim",
+    "descriptor_dim",
+    "crops_per_scan",
+    "batch_scans",
+    "patches_per_scan",
+    "epochs",
+)
+_AT_LEAST_ZERO = (
+    "steps_per_epoch",
+    "near_mm",
+    "distance_weight",
+    "coordinate_weight",
+    "descriptor_weight",
+    "ignore_mm",
+    "weight_decay",
+    "warmup_steps",
+    "clip_norm",
+    "seed",
+    "cache_gib",
+)
+
+
+def _check_least(config: Any, least: Mapping[str, int]) -> None:
+    """Raise `ConfigError` unless every field named is finite and at least what is said."""
+    for name, bound in least.items():
+        if not bound <= getattr(config, name) < math.inf:
+            raise ConfigError(f"expected {name} ≥ {bound}, found {getattr(config, name)}")
 
 
 def pretrain_config(
@@ -162,5 +201,5 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the configuration file {file.name} cannot be read") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # malformed TOML, or bytes that are not UTF-8
         raise ConfigError(f"{file.name} is not TOML: {error}") from error

@@ -15,6 +15,8 @@ from isimed_index.lattice import Lattice, Points, Vectors
 from isimed_index.space import Affine, apply_affine, inverse
 
 AGREES_MM = 6.0
+_FLOOR = 1e-6  # mm², relative: keeps a fit to coplanar points solvable, and changes no other
+_AT_ONCE = 256  # windows whose vectors are gathered together, some 10 MB
 
 
 def robust_affine(
@@ -31,18 +33,22 @@ def robust_affine(
 
     Args:
         weight: (n,) trust in each pair before its residual is seen.
-        prior: shrink the linear part towards this affine; None shrinks nothing.
+        prior: shrink the linear part towards this affine; None: what the points leave open is a translation.
         ridge: how much a unit change of the linear part costs, in mm² of weighted points (needs `prior`).
         scale_mm: residuals well above this stop counting.
         rounds: how often residuals are weighed again.
     """
-    centre = np.average(x, axis=0, weights=weight) if weight.sum() > 0 else x.mean(0)
+    if not weight.sum() > 0:
+        weight = np.ones(len(x))
+    trust = weight.sum()
+    centre = np.average(x, axis=0, weights=weight)
     design = np.c_[x - centre, np.ones(len(x))]  # (n, 4)
-    start = np.zeros((4, 3))
-    if prior is not None:
-        start[:3] = prior[:3, :3].T
-        start[3] = apply_affine(prior, centre)
-    penalty = np.diag([ridge, ridge, ridge, 1e-6])
+    start = np.empty((4, 3))
+    start[:3] = np.eye(3) if prior is None else prior[:3, :3].T
+    start[3] = np.average(y, axis=0, weights=weight) if prior is None else apply_affine(prior, centre)
+    # The floor decides only what the points leave open, such as the direction across a single plane of them.
+    floor = _FLOOR * trust
+    penalty = np.diag([ridge + floor] * 3 + [floor])
     solution, w = start, weight
     for _ in range(rounds):
         weighted = design * w[:, None]
@@ -90,27 +96,40 @@ def window_matches(
     *,
     reach: int = 2,
     temperature: float = 0.05,
-    spread_mm: float = 20.0,
+    spread_mm: float = 40.0,
 ) -> tuple[Points, NDArray[np.float64]]:
     """Where each vector (n, d) lies in `target`, searched around `expected_mm` (n, 3), finer than the lattice step.
 
     Returns matched places (n, 3) in mm and the best similarity (n,); -inf where the window holds no stored point.
     """
-    size = np.array(target.mask.shape)
+    steps = window_offsets(reach)  # (w, 3) lattice indices
+    steps_mm = steps @ target.affine[:3, :3].T
     nearest = np.rint(apply_affine(inverse(target.affine), expected_mm)).astype(np.int64)  # (n, 3)
-    index = nearest[:, None, :] + window_offsets(reach)[None]  # (n, w, 3)
-    inside = ((index >= 0) & (index < size)).all(-1)
-    i, j, k = np.moveaxis(np.clip(index, 0, size - 1), -1, 0)
-    inside &= target.mask[i, j, k]
-    similarity = np.einsum("nwd,nd->nw", target.vectors[i, j, k], vectors, optimize=True).astype(np.float64)
-    places = apply_affine(target.affine, index)  # (n, w, 3)
-    distance = np.linalg.norm(places - expected_mm[:, None], axis=-1)
-    score = np.where(inside, similarity - (distance / spread_mm) ** 2, -np.inf)
+    similarity = np.empty((len(vectors), len(steps)), np.float32)
+    for start in range(0, len(vectors), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        similarity[some] = _similarities(vectors[some], nearest[some], steps, target)
+    middle = apply_affine(target.affine, nearest) - expected_mm  # of the window, seen from the expected place
+    square = (middle**2).sum(1)[:, None] + 2 * middle @ steps_mm.T + (steps_mm**2).sum(1)  # (n, w) mm²
+    score = similarity - square / spread_mm**2
     peak = score.max(1, keepdims=True)
-    vote = np.exp((score - np.where(np.isfinite(peak), peak, 0.0)) / temperature)
-    total = vote.sum(1, keepdims=True)
-    matched = (vote[..., None] * places).sum(1) / np.where(total > 0, total, 1.0)
-    return np.where(total > 0, matched, expected_mm), np.where(inside, similarity, -np.inf).max(1)
+    found = np.isfinite(peak)
+    vote = np.exp((score - np.where(found, peak, 0.0)) / temperature)
+    moved = middle + vote @ steps_mm / np.where(found, vote.sum(1, keepdims=True), 1.0)
+    return expected_mm + np.where(found, moved, 0.0), similarity.max(1).astype(np.float64)
+
+
+def _similarities(
+    vectors: Vectors, nearest: NDArray[np.int64], steps: NDArray[np.int64], target: Lattice
+) -> NDArray[np.float32]:
+    """Inner products (n, w) of vectors (n, d) with the stored points around lattice indices (n, 3); -inf where none."""
+    shape = target.mask.shape
+    index = nearest[:, None] + steps  # (n, w, 3)
+    inside = ((index >= 0) & (index < shape)).all(-1)
+    flat = np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), shape, mode="clip")  # (n, w)
+    around = target.vectors.reshape(-1, vectors.shape[1])[flat]  # (n, w, d)
+    products = np.matmul(around, vectors[:, :, None])[..., 0]
+    return np.where(inside & target.mask.ravel()[flat], products, np.float32(-np.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +179,11 @@ def local_affine(
     again with Gaussian weights around the point and shrunk to the one before; each round is narrower.
     """
     radius = 1.8 * sigmas_mm[0]
-    middle = apply_affine(inverse(source.affine), point_mm)
-    span = np.ceil(radius / np.linalg.norm(source.affine[:3, :3], axis=0)).astype(int) + 1
-    low = np.clip(np.floor(middle).astype(int) - span, 0, source.mask.shape)
-    high = np.clip(np.ceil(middle).astype(int) + span + 1, 0, source.mask.shape)
+    to_index = inverse(source.affine)
+    middle = apply_affine(to_index, point_mm)
+    span = radius * np.linalg.norm(to_index[:3, :3], axis=1)  # the box of the sphere, also where axes are sheared
+    low = np.clip(np.ceil(middle - span).astype(int), 0, source.mask.shape)
+    high = np.clip(np.floor(middle + span).astype(int) + 1, 0, source.mask.shape)
     region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     index = np.argwhere(source.mask[region]) + low
     places = apply_affine(source.affine, index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isimed_index.encoders.card import EncoderCard
-from isimed_index.encoders.protocol import Encoder, encode_grid
+from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
 from isimed_index.errors import IsimedError, UsageError
 from isimed_index.grid import PatchGrid
 from isimed_index.lattice import Lattice, Standard, build_lattice, lattice_affine, write_geometry
@@ -26,6 +28,7 @@ from isimed_index.space import Affine
 
 MIN_FOREGROUND = 0.15  # patches with less of it are air and are not stored
 _WORKERS = 2  # encodings at once on threads: one reads while the other computes
+_CONNECT_S = 10.0  # how long a scheduler may take to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def stride_in_voxels(card: EncoderCard, stride_mm: float | None) -> int:
     """A lattice step in mm → voxels of the working grid; `UsageError` unless it is a whole number of them."""
     if stride_mm is None:
         return card.stride_vox
-    voxels = round(stride_mm / card.spacing_mm)
+    voxels = round(stride_mm / card.spacing_mm) if math.isfinite(stride_mm) else 0
     if voxels < 1 or abs(voxels * card.spacing_mm - stride_mm) > 1e-6:
         raise UsageError(
             f"expected a stride that is a multiple of the encoder's spacing {card.spacing_mm:g} mm, "
@@ -75,12 +78,14 @@ def stride_in_voxels(card: EncoderCard, stride_mm: float | None) -> int:
     return voxels
 
 
-def prepared(values: Any, affine: Affine, card: EncoderCard) -> Volume:
+def prepared(values: NDArray[np.float32], affine: Affine, card: EncoderCard) -> Volume:
     """The working volume that this encoder was trained on: its spacing, its intensity scaling."""
     return prepare(values, affine, card.spacing_mm, card.intensity)
 
 
-def encode_volume(encoder: Encoder, volume: Volume, stride_vox: int) -> tuple[PatchGrid, np.ndarray, Any, Any]:
+def encode_volume(
+    encoder: Encoder, volume: Volume, stride_vox: int
+) -> tuple[PatchGrid, NDArray[np.int64], Vectors, NDArray[np.float32]]:
     """All patches of a working volume that hold enough foreground.
 
     Returns the grid, the numbers (n,) of the patches kept, their vectors {output: (n, d)} and foreground shares (n,).
@@ -100,11 +105,14 @@ def volume_lattice(encoder: Encoder, volume: Volume, stride_vox: int, standard: 
 
 
 def encode_scan(task: EncodeTask) -> Encoded:
-    """Read, prepare, encode and stage one scan; runs in a worker. An `IsimedError` is reported, not raised."""
+    """Read, prepare, encode and stage one scan; runs in a worker.
+
+    An `IsimedError` of the scan is reported; one of the encoder or the device, which concerns every scan, is raised.
+    """
     from isimed_index.scans.chunks import open_chunks
 
+    encoder = _encoder(task.encoder, task.device)
     try:
-        encoder = _encoder(task.encoder, task.device)
         stored = open_chunks(Path(task.chunks))
         volume = prepared(stored.values(), stored.affine, encoder.card)
         return Encoded(task, _stage(task, encoder, volume))
@@ -154,8 +162,12 @@ def _workers(scheduler: str) -> Iterator[dict[str, Any]]:
     if scheduler == "processes":
         with LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
             yield {"scheduler": client}
-    elif "://" in scheduler or ":" in scheduler:
-        with Client(scheduler, timeout="10s") as client:
+    elif ":" in scheduler:
+        try:
+            client = Client(scheduler, timeout=_CONNECT_S)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"no Dask scheduler answers at {scheduler!r}", next_step="dask scheduler") from error
+        with client:
             yield {"scheduler": client}
     else:
         raise UsageError(
@@ -170,5 +182,7 @@ def encode_groups(groups: Iterator[Sequence[EncodeTask]], scheduler: str = "thre
 
     with _workers(scheduler) as where:
         for group in groups:
-            graph = [dask.delayed(encode_scan)(task, dask_key_name=f"encode-{task.key}") for task in group]
+            # Dask computes one key once: the segment's own name is one that no other task, here or elsewhere, has.
+            keys = [f"encode-{Path(task.segment).name}-{task.key[:8]}" for task in group]
+            graph = [dask.delayed(encode_scan)(task, dask_key_name=key) for task, key in zip(group, keys, strict=True)]
             yield list(dask.compute(*graph, **where))

@@ -23,6 +23,7 @@ from isimed_index.progress import Progress, Silent
 from isimed_index.space import Affine, apply_affine, inverse
 
 FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
+SMALLEST, LARGEST = 0.25, 4.0  # volume of one body against another's: a chart outside of these fits nothing
 HOLDS_ABOVE = 0.25  # share of a scan's patches that must agree with its chart for the chart to be believed
 
 
@@ -97,9 +98,12 @@ def extend_frame(frame: Frame, lattices: Mapping[str, Lattice], progress: Progre
 
 def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) -> Chart:
     """The chart of one scan: its lattice matched to the template, robustly."""
+    unsupported = Chart(np.eye(4), float("inf"), 0, 0.0)
     if not lattice.mask.any() or not template.mask.any():
-        return Chart(np.eye(4), float("inf"), 0, 0.0)
+        return unsupported
     fit = fit_pair(lattice, template, start=start)
+    if not SMALLEST < np.linalg.det(fit.affine[:3, :3]) < LARGEST:  # a mirror image, or nearly flat
+        return unsupported
     return Chart(fit.affine, fit.residual_mm, fit.matches, fit.matches / int(lattice.mask.sum()))
 
 
@@ -113,7 +117,7 @@ def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:
 def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart], step_mm: float) -> Lattice:
     """The mean unit vector of all scans at every point of a canonical lattice that covers them."""
     believed = {scan: charts[scan].affine for scan in lattices if charts[scan].holds} or {
-        scan: charts[scan].affine for scan in lattices
+        scan: charts[scan].affine for scan, lattice in lattices.items() if lattice.mask.any()
     }
     ends = [apply_affine(a, _corners(lattices[scan])) for scan, a in believed.items()]
     low, high = np.concatenate(ends).min(axis=0), np.concatenate(ends).max(axis=0)
@@ -176,11 +180,11 @@ def read_frame(directory: Path) -> Frame:
         rows = pq.read_table(directory / CHARTS, partitioning=None).to_pylist()
         standard = Standard(content["metric"], np.array(content["centre"], np.float32), float(content["scale"]))
         template = Lattice(vectors, mask, np.array(content["template_affine"], dtype=np.float64))
-    except (OSError, ValueError, KeyError) as error:
+        charts = {}
+        for row in rows:
+            affine = np.eye(4)
+            affine[:3] = [[row[f"a{r}{c}"] for c in range(4)] for r in range(3)]
+            charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
+        return Frame(content["encoder"], standard, template, charts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error
-    charts = {}
-    for row in rows:
-        affine = np.eye(4)
-        affine[:3] = [[row[f"a{r}{c}"] for c in range(4)] for r in range(3)]
-        charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
-    return Frame(content["encoder"], standard, template, charts)

@@ -5,17 +5,18 @@ scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from isimed_index.encode import Encoded, EncodeTask, encode_groups, stride_in_voxels, task_key
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import NotFound
-from isimed_index.frame import extend_frame, fit_frame, read_frame, write_frame
+from isimed_index.errors import NotFound, ScanRefused
+from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard
 from isimed_index.index.plan import build_index
 from isimed_index.ingest import Refusal
@@ -29,6 +30,9 @@ from isimed_index.store.transaction import Proposal, Transaction
 
 COMMIT_SCANS = 4  # scans encoded in one commit: what a kill can cost
 REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
+_NO_PATCH = ScanRefused(
+    "no patch of it holds enough foreground to be encoded", next_step="use an encoder with smaller patches or spacing"
+)
 _SAMPLE = 200  # vectors of each scan that the standard is estimated from
 
 
@@ -82,7 +86,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
             raise NotFound("there is no scan to index", next_step="isimed add PATH, or widen --where")
         _commit_frame(transaction, card, progress)
         built = _commit_index(transaction, card, options)
-        rows = sum(segment.rows for segment in latest_segments(repository.snapshot(), card).values())
+        rows = sum(segment.rows for segment in repository.snapshot().newest_segments(card.id).values())
     return IndexReport(
         card.id, report.encoded, report.skipped, report.refused, rows, built.recall_at_10, built.recipe.factory
     )
@@ -119,6 +123,9 @@ def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence
         if result.error is not None:
             report.refused.append(Refusal.of(result.task.scan, result.error))
             continue
+        if not result.fields["rows"]:
+            report.refused.append(Refusal.of(result.task.scan, _NO_PATCH))
+            continue
         fields = {**result.fields, "scan_artefact": head.scan_row(result.task.scan)["artefact"]}
         staged.append(transaction.add("segment", Path(result.task.segment), **fields))
         report.encoded.append(result.task.scan)
@@ -131,27 +138,33 @@ def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence
     return sum(int(artefact.fields["rows"]) for artefact in staged)
 
 
-def latest_segments(snapshot: Snapshot, card: EncoderCard) -> dict[str, Segment]:
-    """The segment of each encoded scan that was committed last (a scan may be encoded at several strides)."""
-    return {snapshot.scan_of[segment.scan_artefact]: segment for segment in snapshot.segments(card.id)}
-
-
 def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
-    """Fit the frame anew when many scans have no chart in it, extend it when few have none."""
-    snapshot = transaction.repository.snapshot()
-    segments = latest_segments(snapshot, card)
+    """Fit the frame anew when many scans have no chart in it, extend it when few have none.
+
+    When another process commits a frame meanwhile, its charts are kept: this one begins again from there.
+    """
+    done = False
+    while not done:
+        snapshot = transaction.repository.snapshot()
+        frame = _next_frame(snapshot, card, progress)
+        done = frame is None or _commit_one(
+            transaction, "frame", partial(write_frame, frame=frame), card, instead_of=snapshot.newest("frame", card.id)
+        )
+
+
+def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
+    """A frame with a chart of every encoded scan; None when the stored one is that already."""
+    segments = snapshot.newest_segments(card.id)
     path = snapshot.frame_path(card.id)
     before = read_frame(path) if path is not None else None
     missing = [scan for scan in segments if before is None or scan not in before.charts]
     if not missing:
-        return
+        return None
     if before is None or len(missing) > REFIT_SHARE * len(segments):
         standard = _standard(card, list(segments.values()))
-        frame = fit_frame(card.id, standard, _lattices(segments, card, standard), progress=progress)
-    else:
-        new = {scan: segments[scan] for scan in missing}
-        frame = extend_frame(before, _lattices(new, card, before.standard), progress)
-    _commit_one(transaction, "frame", lambda directory: write_frame(directory, frame), card)
+        return fit_frame(card.id, standard, _lattices(segments, card, standard), progress=progress)
+    new = {scan: segments[scan] for scan in missing}
+    return extend_frame(before, _lattices(new, card, before.standard), progress)
 
 
 def _standard(card: EncoderCard, segments: Sequence[Segment]) -> Standard:
@@ -168,9 +181,9 @@ def _lattices(segments: Mapping[str, Segment], card: EncoderCard, standard: Stan
 
 
 def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:
-    """Build the index over the newest segment of every scan, unless the stored one covers them and reaches the target."""
+    """Build the index over the newest segment of every scan, unless the stored one covers these and is good enough."""
     snapshot = transaction.repository.snapshot()
-    segments = sorted(latest_segments(snapshot, card).values(), key=lambda segment: segment.first_row_id)
+    segments = sorted(snapshot.newest_segments(card.id).values(), key=lambda segment: segment.first_row_id)
     covers = [segment.path for segment in segments]
     newest = snapshot.newest("index", card.id)
     if newest is not None and list(newest.fields["covers"]) == covers:
@@ -185,18 +198,31 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
     def build(directory: Path) -> None:
         cards.append(build_index(directory, blocks, card.metric, options.min_recall, options.max_ram))
 
-    _commit_one(transaction, "index", build, card, covers=covers)
+    _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
     return cards[0]
 
 
-def _commit_one(transaction: Transaction, kind: str, write: Any, card: EncoderCard, **fields: Any) -> None:
-    """Stage, write and commit one derived artefact; the one before it is no longer named."""
+def _commit_one(
+    transaction: Transaction,
+    kind: Literal["frame", "index"],
+    write: Callable[[Path], object],
+    card: EncoderCard,
+    instead_of: Artefact | None,
+    **fields: Any,
+) -> bool:
+    """Stage, write and commit one derived artefact `instead_of` the newest one, which is no longer named then.
+
+    False, and nothing is committed, when another process has committed one since.
+    """
     directory = transaction.stage(kind)
     write(directory)
     artefact = transaction.add(kind, directory, encoder=card.id, **fields)
+    before = None if instead_of is None else instead_of.path
 
     def propose(now: Snapshot) -> Proposal:
-        old = [found.path for found in now.artefacts(kind) if found.fields["encoder"] == card.id]
-        return Proposal(add=[artefact], drop=old)
+        newest = now.newest(kind, card.id)
+        if (None if newest is None else newest.path) != before:
+            return Proposal()
+        return Proposal(add=[artefact], drop=[before] if before else [])
 
-    transaction.commit(propose)
+    return artefact.path in {found.path for found in transaction.commit(propose).artefacts(kind)}

@@ -6,10 +6,11 @@ find files ─▶ read (threads) ─▶ known content? ─▶ stage OME-Zarr ─
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from isimed_index.errors import IsimedError, ScanRefused, UsageError
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.discover import find_files, label_path, stem, subject_and_session, unique_ids, without_labels
 from isimed_index.scans.prepare import resample
-from isimed_index.scans.read import read_label_names, read_labels, read_scan
+from isimed_index.scans.read import read_label_names, read_labels, read_rows, read_scan
 from isimed_index.scans.scan import LabelMap, Scan
 from isimed_index.space import apply_affine
 from isimed_index.store.manifest import Artefact
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 BATCH = 16  # scans in one commit
 _ID_COLUMNS = ("scan", "participant_id", "subject", "subject_id")
 _SUBJECT_COLUMNS = ("sex", "age")
+_SETTABLE = ("subject", "session", "modality", "split")  # our own columns of `scans` that a metadata table may fill
+_MISSING = ("", "n/a", "na", "nan")
+# No leading zeros and no underscores: `007` and `1_2` are names, not numbers.
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})", re.ASCII)
+_FLOAT = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?", re.ASCII)
 Value = str | int | float | None
 
 
@@ -50,7 +56,7 @@ class Refusal:
     @classmethod
     def of(cls, name: str, error: IsimedError) -> Refusal:
         """The refusal that an error stands for."""
-        return cls(name, error.kind, error.message, error.next_step)
+        return cls(name, error.kind, error.message.removeprefix(f"{name}: "), error.next_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +87,25 @@ class AddOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """One file that was read: the scan, its labels, and its content's digest."""
+class _Read:
+    """One file in memory: the scan, its labels, and its content's digest."""
 
     path: Path
-    name: str  # the id it would have in an empty store
-    scan: Scan
+    scan: Scan  # its id is the one it would have in an empty store
     labels: LabelMap | None
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """One file whose voxels are on disk: its rows, but for the id that the commit gives it."""
+
+    path: Path
+    name: str
+    digest: str
+    artefact: Artefact
+    row: dict[str, Any]
+    labels: list[dict[str, Any]]
 
 
 def add(
@@ -100,22 +117,31 @@ def add(
     metadata = read_metadata(options.metadata) if options.metadata else {}
     report = AddReport()
     files = _images(paths, options, report)
-    ids = unique_ids(files, taken=())
+    chosen = list(zip(files, unique_ids(files, taken=()), strict=True))
     progress.start("add", len(files), "scans")
     with (
         repository.transaction("add") as transaction,
         ThreadPoolExecutor(options.workers, thread_name_prefix="add") as pool,
     ):
-        for start in range(0, len(files), BATCH):
-            chosen = list(zip(files[start : start + BATCH], ids[start : start + BATCH], strict=True))
-            known = _digests(repository.snapshot())
-            staged = []
-            # Read in threads, a few at a time, so that memory holds one volume per worker and no more.
-            for item, artefact in _staged(pool, transaction, chosen, known, options, names, report, progress):
-                known[item.digest] = item.name
-                staged.append((item, artefact))
-            if staged:
-                _commit(transaction, staged, options, metadata, report)
+        for start in range(0, len(chosen), BATCH):
+            known = set(_digests(repository.snapshot()))
+            staged: list[_Staged] = []
+            repeated: list[str] = []  # digests
+            for path, outcome in _each(pool, chosen[start : start + BATCH], options, names):
+                progress.advance(1)
+                if isinstance(outcome, ScanRefused):
+                    report.refused.append(Refusal.of(path.name, outcome))
+                elif outcome.digest in known:
+                    repeated.append(outcome.digest)
+                else:
+                    known.add(outcome.digest)
+                    staged.append(_stage(transaction, outcome, options))
+            now = transaction.commit(partial(_proposal, staged, metadata))
+            ours = {item.artefact.path for item in staged} & now.scan_of.keys()
+            scans = _digests(now)
+            report.added.extend(scans[item.digest] for item in staged if item.artefact.path in ours)
+            report.unchanged.extend(scans[item.digest] for item in staged if item.artefact.path not in ours)
+            report.unchanged.extend(scans[digest] for digest in repeated)
     progress.finish()
     return report
 
@@ -132,36 +158,17 @@ def _images(paths: Sequence[Path], options: AddOptions, report: AddReport) -> li
     return without_labels(files, options.labels) if options.labels else files
 
 
-def _staged(
-    pool: ThreadPoolExecutor,
-    transaction: Transaction,
-    chosen: Sequence[tuple[Path, str]],
-    known: Mapping[str, str],
-    options: AddOptions,
-    names: Mapping[int, str],
-    report: AddReport,
-    progress: Progress,
-) -> Iterator[tuple[_Item, Artefact]]:
-    """Read and stage files, in order; refusals and known contents go to the report."""
-    from isimed_index.scans.chunks import write_chunks
-
+def _each(
+    pool: ThreadPoolExecutor, chosen: Sequence[tuple[Path, str]], options: AddOptions, names: Mapping[int, str]
+) -> Iterator[tuple[Path, _Read | ScanRefused]]:
+    """Read files in threads and in order, a few at a time: memory holds one volume per worker and no more."""
     for begin in range(0, len(chosen), options.workers):
         some = chosen[begin : begin + options.workers]
-        for (path, _), outcome in zip(
-            some, pool.map(lambda chosen: _read(chosen[0], chosen[1], options, names), some), strict=True
-        ):
-            progress.advance(1)
-            if isinstance(outcome, ScanRefused):
-                report.refused.append(Refusal.of(path.name, outcome))
-            elif outcome.digest in known:
-                report.unchanged.append(known[outcome.digest])
-            else:
-                directory = transaction.stage("scan")
-                write_chunks(outcome.scan, outcome.labels, directory)
-                yield outcome, transaction.add("scan", directory)
+        read = pool.map(lambda one: _read(one[0], one[1], options, names), some)
+        yield from zip((path for path, _ in some), read, strict=True)
 
 
-def _read(path: Path, name: str, options: AddOptions, names: Mapping[int, str]) -> _Item | ScanRefused:
+def _read(path: Path, name: str, options: AddOptions, names: Mapping[int, str]) -> _Read | ScanRefused:
     try:
         scan = read_scan(path, name)
         labels = None
@@ -176,9 +183,34 @@ def _read(path: Path, name: str, options: AddOptions, names: Mapping[int, str]) 
         if options.spacing_mm is not None:
             values, affine = resample(scan.values(), scan.affine, options.spacing_mm)
             scan = Scan(scan.id, values, affine, attributes=scan.attributes)
-        return _Item(path, name, scan, labels, scan.digest)
+        return _Read(path, scan, labels, scan.digest)
     except ScanRefused as error:
         return error
+
+
+def _stage(transaction: Transaction, read: _Read, options: AddOptions) -> _Staged:
+    """Write a scan's voxels; what is kept of it in memory is a few rows."""
+    from isimed_index.scans.chunks import write_chunks
+
+    directory = transaction.stage("scan")
+    write_chunks(read.scan, read.labels, directory)
+    artefact = transaction.add("scan", directory)
+    scan = read.scan
+    subject, session = subject_and_session(stem(read.path), options.subject_from)
+    row = {
+        "subject": subject,
+        "session": session,
+        "modality": None,
+        "split": None,
+        **dict(zip(("nx", "ny", "nz"), scan.shape, strict=True)),
+        **dict(zip(("dx_mm", "dy_mm", "dz_mm"), map(float, scan.spacing_mm), strict=True)),
+        "orientation": scan.attributes.get("source_orientation"),
+        "format": scan.attributes.get("source_format"),
+        "digest": read.digest,
+        "artefact": artefact.path,
+    }
+    labels = [] if read.labels is None else _label_rows(read.labels, scan)
+    return _Staged(read.path, scan.id, read.digest, artefact, row, labels)
 
 
 def _digests(snapshot: Snapshot) -> dict[str, str]:
@@ -186,43 +218,25 @@ def _digests(snapshot: Snapshot) -> dict[str, str]:
     return dict(zip(rows.column("digest").to_pylist(), rows.column("scan").to_pylist(), strict=True))
 
 
-def _commit(
-    transaction: Transaction,
-    staged: Sequence[tuple[_Item, Artefact]],
-    options: AddOptions,
-    metadata: Mapping[str, Mapping[str, Value]],
-    report: AddReport,
-) -> None:
-    """Publish a batch; ids are given against the head, and content that another process added meanwhile is left out."""
-    outcome: dict[str, list[str]] = {}
-
-    def propose(head: Snapshot) -> Proposal:
-        known = _digests(head)
-        fresh = [(item, artefact) for item, artefact in staged if item.digest not in known]
-        ids = _free_ids([item for item, _ in fresh], set(head.scan_ids()))
-        outcome["added"] = ids
-        outcome["unchanged"] = [known[item.digest] for item, _ in staged if item.digest in known]
-        rows = [
-            _scan_row(item, scan, artefact, options, metadata)
-            for (item, artefact), scan in zip(fresh, ids, strict=True)
-        ]
-        subjects = set(head.table("subjects").column("subject").to_pylist())
-        labels = [row for (item, _), scan in zip(fresh, ids, strict=True) for row in label_rows(scan, item)]
-        return Proposal(
-            add=[artefact for _, artefact in fresh],
-            tables={
-                "scans": _table("scans", rows),
-                "subjects": _table("subjects", _subject_rows(rows, subjects)),
-                "labels": _table("labels", labels),
-            },
-        )
-
-    transaction.commit(propose)
-    report.added.extend(outcome["added"])
-    report.unchanged.extend(outcome["unchanged"])
+def _proposal(staged: Sequence[_Staged], metadata: Mapping[str, Mapping[str, Value]], head: Snapshot) -> Proposal:
+    """What a batch adds to the head: ids are given here, and content that another process added is left out."""
+    known = _digests(head)
+    fresh = [item for item in staged if item.digest not in known]
+    ids = _free_ids(fresh, set(head.scan_ids()))
+    rows = [_scan_row(item, scan, metadata) for item, scan in zip(fresh, ids, strict=True)]
+    subjects = set(head.table("subjects").column("subject").to_pylist())
+    labels = [{"scan": scan, **row} for item, scan in zip(fresh, ids, strict=True) for row in item.labels]
+    return Proposal(
+        add=[item.artefact for item in fresh],
+        tables={
+            "scans": _table("scans", rows),
+            "subjects": _table("subjects", _subject_rows(rows, subjects)),
+            "labels": _table("labels", labels),
+        },
+    )
 
 
-def _free_ids(items: Sequence[_Item], taken: set[str]) -> list[str]:
+def _free_ids(items: Sequence[_Staged], taken: set[str]) -> list[str]:
     """Each item's name, or, where another scan has it already, its folder's name before it and then a number."""
     ids = []
     for item in items:
@@ -232,27 +246,12 @@ def _free_ids(items: Sequence[_Item], taken: set[str]) -> list[str]:
     return ids
 
 
-def _scan_row(
-    item: _Item, scan: str, artefact: Artefact, options: AddOptions, metadata: Mapping[str, Mapping[str, Value]]
-) -> dict[str, Any]:
-    subject, session = subject_and_session(stem(item.path), options.subject_from)
-    extra = next((metadata[key] for key in (scan, stem(item.path), subject) if key in metadata), {})
-    spacing = item.scan.spacing_mm
-    own = {
-        "scan": scan,
-        "subject": subject,
-        "session": session,
-        "modality": None,
-        "split": None,
-        **dict(zip(("nx", "ny", "nz"), item.scan.shape, strict=True)),
-        **dict(zip(("dx_mm", "dy_mm", "dz_mm"), map(float, spacing), strict=True)),
-        "orientation": item.scan.attributes.get("source_orientation"),
-        "format": item.scan.attributes.get("source_format"),
-        "digest": item.digest,
-        "artefact": artefact.path,
-    }
-    settable = {"modality", "split", "session"}
-    return own | {key: value for key, value in extra.items() if key not in own or key in settable}
+def _scan_row(item: _Staged, scan: str, metadata: Mapping[str, Mapping[str, Value]]) -> dict[str, Any]:
+    """A row of `scans`: the file's own facts, and the metadata found by scan id, file stem or subject."""
+    extra = next((metadata[key] for key in (scan, stem(item.path), item.row["subject"]) if key in metadata), {})
+    own = {"scan": scan, **item.row}
+    given = {key: str(extra[key]) for key in _SETTABLE if extra.get(key) is not None}
+    return own | {key: value for key, value in extra.items() if key not in own} | given
 
 
 def _subject_rows(rows: Sequence[Mapping[str, Any]], known: set[str]) -> list[dict[str, Any]]:
@@ -263,24 +262,20 @@ def _subject_rows(rows: Sequence[Mapping[str, Any]], known: set[str]) -> list[di
     return list(new.values())
 
 
-def label_rows(scan: str, item: _Item) -> list[dict[str, Any]]:
+def _label_rows(labels: LabelMap, scan: Scan) -> list[dict[str, Any]]:
     """One row per label that occurs: its voxels, volume in mm³ and centroid in RAS+ mm."""
-    if item.labels is None:
-        return []
-    centroids = label_centroids(item.labels.voxels)
-    voxel_mm3 = float(np.prod(item.scan.spacing_mm))
+    voxel_mm3 = abs(float(np.linalg.det(scan.affine[:3, :3])))
     rows = []
-    for label, (count, centre) in centroids.items():
-        x, y, z = apply_affine(item.scan.affine, centre)
-        name = item.labels.names.get(label)
-        row = {"scan": scan, "label": label, "name": name, "voxels": count, "volume_mm3": count * voxel_mm3}
-        rows.append(row | {"x_mm": float(x), "y_mm": float(y), "z_mm": float(z)})
+    for label, (count, centre) in label_centroids(labels.voxels).items():
+        x, y, z = map(float, apply_affine(scan.affine, centre))
+        row = {"label": label, "name": labels.names.get(label), "voxels": count, "volume_mm3": count * voxel_mm3}
+        rows.append(row | {"x_mm": x, "y_mm": y, "z_mm": z})
     return rows
 
 
 def label_centroids(labels: NDArray[Any]) -> dict[int, tuple[int, NDArray[np.float64]]]:
     """Every label but 0 of a map (x, y, z) → how many voxels it has and its centroid (3,) in voxel indices."""
-    index = np.argwhere(labels > 0)
+    index = np.argwhere(labels)
     values, inverse = np.unique(labels[tuple(index.T)], return_inverse=True)
     counts = np.bincount(inverse, minlength=len(values))
     sums = np.stack([np.bincount(inverse, weights=index[:, axis], minlength=len(values)) for axis in range(3)], axis=1)
@@ -292,15 +287,8 @@ def _table(name: TableName, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
     if not rows:
         return arrow_schema(name).empty_table()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    schema = arrow_schema(name)
-    arrays = {
-        column: pa.array(
-            [row.get(column) for row in rows], schema.field(column).type if column in schema.names else None
-        )
-        for column in columns
-    }
-    return conform(name, pa.table(arrays))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return conform(name, pa.table({column: pa.array([row.get(column) for row in rows]) for column in columns}))
 
 
 def read_metadata(path: Path) -> dict[str, dict[str, Value]]:
@@ -309,34 +297,39 @@ def read_metadata(path: Path) -> dict[str, dict[str, Value]]:
     A column becomes integer or float when all its filled cells read as one; empty cells and `n/a` are missing.
     `UsageError` without an id column, or when two rows of one id differ.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"the metadata table {path.name} cannot be read") from error
-    columns = list(rows[0]) if rows else []
+    columns, rows = read_rows(path, "the metadata table")
     key = next((column for column in _ID_COLUMNS if column in columns), None)
     if key is None:
         raise UsageError(
             f"the metadata table {path.name} has none of the columns {', '.join(_ID_COLUMNS)}",
             next_step="name the column with the ids participant_id",
         )
-    typed = {column: _typed([row[column] for row in rows]) for column in columns if column != key and column}
+    typed: dict[str, list[Value]] = {}
+    for column in columns:
+        name = column.strip().lower().replace(" ", "_")
+        if column == key or not name:
+            continue
+        if name in typed:
+            raise UsageError(f"the metadata table {path.name} has two columns {name!r}")
+        typed[name] = _typed([row[column] for row in rows])
+    words = [value for value in typed.get("age", ()) if isinstance(value, str) and not _FLOAT.fullmatch(value)]
+    if words:
+        raise UsageError(
+            f"the metadata table {path.name}, column age: expected numbers, found {words[0]!r}",
+            next_step="give ages in years, or rename the column",
+        )
     result: dict[str, dict[str, Value]] = {}
     for number, row in enumerate(rows):
-        values = {column.strip().lower().replace(" ", "_"): cells[number] for column, cells in typed.items()}
-        if result.setdefault(row[key], values) != values:
+        values = {column: cells[number] for column, cells in typed.items()}
+        if result.setdefault((row[key] or "").strip(), values) != values:
             raise UsageError(f"the metadata table {path.name} has two different rows for one id (row {number + 2})")
     return result
 
 
 def _typed(cells: Sequence[str | None]) -> list[Value]:
-    texts = [
-        None if cell is None or cell.strip().lower() in ("", "n/a", "na", "nan") else cell.strip() for cell in cells
-    ]
-    for kind in (int, float):
-        try:
+    """Cells as integers when all that are filled read as such, else as floats, else as the text they are."""
+    texts = [None if (cell or "").strip().lower() in _MISSING else (cell or "").strip() for cell in cells]
+    for pattern, kind in ((_INTEGER, int), (_FLOAT, float)):
+        if all(text is None or pattern.fullmatch(text) for text in texts):
             return [None if text is None else kind(text) for text in texts]
-        except ValueError:
-            continue
     return list(texts)

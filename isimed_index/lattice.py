@@ -17,6 +17,7 @@ from isimed_index.space import Affine, apply_affine, inverse
 from isimed_index.store.segment import Segment
 
 FILE = "lattice.json"
+_LEAST_WEIGHT = 1e-6  # below it a point only seems to touch the lattice, by rounding
 Points = NDArray[np.float64]  # (n, 3) mm
 Vectors = NDArray[np.float32]  # (n, d)
 
@@ -26,7 +27,8 @@ class Standard:
     """How vectors of one encoder become unit vectors whose inner product ranks like the card's metric.
 
     `cosine` vectors are normalised. `l2` vectors are centred and scaled, get one more dimension of value 1, and are
-    then normalised: for vectors of moderate length the angle then grows with the Euclidean distance.
+    then normalised: the angle to the centre grows with the Euclidean distance, and so do, approximately, angles between
+    vectors that lie nearer to the centre than most; far out the angles shrink.
     """
 
     metric: Metric
@@ -34,10 +36,11 @@ class Standard:
     scale: float
 
     @classmethod
-    def of(cls, metric: Metric, vectors: Vectors) -> Standard:
+    def of(cls, metric: Metric, vectors: NDArray[np.floating[Any]]) -> Standard:
         """The standard of a sample (n, d) of an encoder's vectors."""
-        if metric == "cosine":
+        if metric == "cosine" or not len(vectors):
             return cls(metric, np.zeros(vectors.shape[1], np.float32), 1.0)
+        vectors = vectors.astype(np.float32)  # in float16 the squares of long vectors overflow
         centre = vectors.mean(axis=0)
         return cls(metric, centre, float(np.linalg.norm(vectors - centre, axis=1).mean()) or 1.0)
 
@@ -102,6 +105,8 @@ class Lattice:
             share = share * (((index >= 0) & (index < size)).all(axis=1) & self.mask[i, j, k])
             total += self.vectors[i, j, k] * share[:, None].astype(np.float32)
             weight += share
+        unseen = weight < _LEAST_WEIGHT
+        total[unseen], weight[unseen] = 0, 0
         return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12)), weight
 
 
@@ -135,12 +140,16 @@ def write_geometry(directory: Path, grid: PatchGrid) -> None:
 
 
 def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
-    """The lattice of one stored segment, vectors of `output`."""
+    """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit."""
     patches = segment.patches()
     try:
         content = json.loads((segment.root / segment.path / FILE).read_text(encoding="utf-8"))
-        shape, affine = tuple(content["shape"]), np.array(content["affine"], dtype=np.float64)
-    except (OSError, ValueError, KeyError) as error:
+        x, y, z = (int(n) for n in content["shape"])
+        affine = np.array(content["affine"], dtype=np.float64).reshape(4, 4)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged(f"{FILE} of a segment cannot be read", next_step="isimed check") from error
+    shape = (x, y, z)
     ijk = np.stack([patches.column(axis).to_numpy() for axis in "ijk"], axis=1)
+    if ((ijk < 0) | (ijk >= shape)).any():
+        raise StoreDamaged(f"{FILE} of a segment says shape {shape}, a patch lies outside", next_step="isimed check")
     return build_lattice(standard.unit(segment.vectors(output)), ijk, shape, affine)

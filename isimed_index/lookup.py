@@ -31,6 +31,8 @@ from isimed_index.store.snapshot import Snapshot
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from isimed_index.scans.chunks import StoredScan
+
 SameSubject = Literal["include", "exclude", "only"]
 MAX_SHIFT_MM = 30.0  # a local fit that leaves the chart by more than this is not believed
 Point = NDArray[np.float64]  # (3,) RAS+ mm
@@ -164,6 +166,7 @@ class Lookup:
         self.snapshot = snapshot
         self.card: EncoderCard = read_card(snapshot.encoder_path(encoder))
         self._lattices: dict[str, Lattice] = {}
+        self._stored: dict[str, StoredScan] = {}
 
     @cached_property
     def frame(self) -> Frame:
@@ -178,8 +181,7 @@ class Lookup:
     @cached_property
     def segments(self) -> dict[str, Segment]:
         """The newest segment of each scan that has a chart."""
-        of = self.snapshot.scan_of
-        found = {of[segment.scan_artefact]: segment for segment in self.snapshot.segments(self.card.id)}
+        found = self.snapshot.newest_segments(self.card.id)
         return {scan: segment for scan, segment in found.items() if scan in self.frame.charts}
 
     def lattice(self, scan: str) -> Lattice:
@@ -188,11 +190,17 @@ class Lookup:
             self._lattices[scan] = read_lattice(self.segments[scan], self.card.match_output, self.frame.standard)
         return self._lattices[scan]
 
-    def extent(self, scan: str) -> tuple[Affine, tuple[int, int, int]]:
-        """The affine and shape of a stored scan's voxel array."""
+    def stored(self, scan: str) -> StoredScan:
+        """A stored scan's voxels, labels and affine, read when they are asked for."""
         from isimed_index.scans.chunks import open_chunks
 
-        stored = open_chunks(self.snapshot.chunks_path(scan))
+        if scan not in self._stored:
+            self._stored[scan] = open_chunks(self.snapshot.chunks_path(scan))
+        return self._stored[scan]
+
+    def extent(self, scan: str) -> tuple[Affine, tuple[int, int, int]]:
+        """The affine and shape of a stored scan's voxel array."""
+        stored = self.stored(scan)
         return stored.affine, stored.shape
 
     def source(self, scan: str) -> Source:
@@ -232,13 +240,13 @@ class Lookup:
         rows = []
         for scan, subject in self._targets(source, question):
             chart = self.frame.charts[scan]
-            place = self._locate(source, self.lattice(scan), chart, at, asked)
+            place = self._locate(source, scan, at, asked)
             away = float(np.linalg.norm(apply_affine(chart.affine, place.xyz_mm) - canonical))
             if question.within_mm is not None and away > question.within_mm:
                 continue
             extent = self.extent(scan)
             seen = bool(chart.holds and in_extent(place.xyz_mm, *extent))
-            back = self._cycle(source, scan, chart, place, at) if question.cycle else None
+            back = self._cycle(source, scan, place, at) if question.cycle else None
             rows.append((not seen, place.distance, scan, subject, place, seen, extent, back))
         rows.sort(key=lambda row: row[:3])
         return Matches(self._columns(rows[: question.k], space))
@@ -252,8 +260,7 @@ class Lookup:
         at = source.point_mm(point, space)
         asked = self.frame.standard.raw(self._descriptor(source, at)[None])
         targets = dict(self._targets(source, question))
-        segments = {scan: self.segments[scan] for scan in self.segments}
-        blocks = [(s.row_ids, s.vectors(self.card.match_output)) for s in segments.values()]
+        blocks = [(s.row_ids, s.vectors(self.card.match_output)) for s in self.segments.values()]
         among = self._rows_within(source, at, targets, question.within_mm)
         index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
         hits = index.search(asked, question.k, among, exact=exact)
@@ -282,22 +289,17 @@ class Lookup:
             raise NotFound("the scan shows no foreground, so nothing of it is encoded")
         return np.asarray(stored[np.linalg.norm(places - at, axis=1).argmin()], dtype=np.float32)
 
-    def _locate(self, source: Source, target: Lattice, chart: Chart, at: Point, asked: Vectors) -> Place:
-        start = inverse(chart.affine) @ source.chart.affine
-        expected = apply_affine(start, at)
-        affine, residual = local_affine(source.lattice, target, at, start)
-        found = apply_affine(affine, at)
-        if np.linalg.norm(found - expected) > MAX_SHIFT_MM:
-            found, residual = expected, float("inf")
+    def _locate(self, source: Source, scan: str, at: Point, asked: Vectors) -> Place:
+        target = self.lattice(scan)
+        found, residual = follow(at, source.lattice, source.chart, target, self.frame.charts[scan])
         vectors, weight = target.sample(found[None])
         distance = float(self.frame.standard.distance(asked[None], vectors)[0]) if weight[0] > 0 else float("inf")
         return Place(found, distance, residual)
 
-    def _cycle(self, source: Source, scan: str, chart: Chart, place: Place, at: Point) -> float:
+    def _cycle(self, source: Source, scan: str, place: Place, at: Point) -> float:
         """How far the match of the match lies from where the question was asked, in mm."""
-        start = inverse(source.chart.affine) @ chart.affine
-        affine, _ = local_affine(self.lattice(scan), source.lattice, place.xyz_mm, start)
-        return float(np.linalg.norm(apply_affine(affine, place.xyz_mm) - at))
+        back, _ = follow(place.xyz_mm, self.lattice(scan), self.frame.charts[scan], source.lattice, source.chart)
+        return float(np.linalg.norm(back - at))
 
     def _columns(self, rows: Sequence[tuple[Any, ...]], space: Space) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in _MATCH_COLUMNS}
@@ -330,9 +332,7 @@ class Lookup:
 
     def _label(self, scan: str, at: Point, affine: Affine) -> str | None:
         """Name (or number) of the label at a place, None outside of all or where the scan has no label map."""
-        from isimed_index.scans.chunks import open_chunks
-
-        stored = open_chunks(self.snapshot.chunks_path(scan))
+        stored = self.stored(scan)
         i, j, k = np.rint(apply_affine(inverse(affine), at)).astype(int).tolist()
         label = stored.label_at((i, j, k))
         return None if not label else stored.label_names.get(label, str(label))
@@ -359,17 +359,38 @@ class Lookup:
         columns: dict[str, list[Any]] = {name: [] for name in _PATCH_COLUMNS}
         if space != "ras":
             columns |= {axis: [] for axis in "xyz"}
-        spans = [(s.first_row_id, s.first_row_id + s.rows, scan, s) for scan, s in self.segments.items()]
+        spans = [(s.first_row_id, s.first_row_id + s.rows, scan) for scan, s in self.segments.items()]
+        centres: dict[str, NDArray[np.float64]] = {}
         for row, distance in zip(row_ids.tolist(), distances.tolist(), strict=True):
             if row < 0:
                 continue
-            first, scan, segment = next((a, scan, s) for a, b, scan, s in spans if a <= row < b)
-            at = _centres(segment)[row - first]
-            found = self._place_columns(scan, at, self.extent(scan), space)
+            first, scan = next((a, scan) for a, b, scan in spans if a <= row < b)
+            if scan not in centres:
+                centres[scan] = _centres(self.segments[scan])
+            found = self._place_columns(scan, centres[scan][row - first], self.extent(scan), space)
             found |= {"patch": row, "scan": scan, "subject": subjects[scan], "distance": distance}
             for name, values in columns.items():
                 values.append(found[name])
         return columns
+
+
+def between(a: Chart, b: Chart) -> Affine:
+    """Patient mm of one scan → patient mm of another, by their charts alone."""
+    return inverse(b.affine) @ a.affine
+
+
+def follow(at: Point, a: Lattice, chart_a: Chart, b: Lattice, chart_b: Chart) -> tuple[Point, float]:
+    """Where a point of a lies in b, both RAS+ mm: through the charts, then by the consensus around it; residual in mm.
+
+    A consensus that leaves the charts by more than `MAX_SHIFT_MM` is not believed: then the charts answer, and the
+    residual is infinite.
+    """
+    start = between(chart_a, chart_b)
+    affine, residual = local_affine(a, b, at, start)
+    expected, found = apply_affine(start, at), apply_affine(affine, at)
+    if np.linalg.norm(found - expected) > MAX_SHIFT_MM:
+        return expected, float("inf")
+    return found, residual
 
 
 def _centres(segment: Segment) -> NDArray[np.float64]:

@@ -23,3 +23,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real volumes: set ISIMED_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory):
+    """An indexed store of copies of one head in several axis orders and poses; treat it as read-only."""
+    from cohorts import make_cohort
+
+    return make_cohort(tmp_path_factory.mktemp("cohort"))

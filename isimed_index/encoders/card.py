@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from isimed_index.contracts import validate
-from isimed_index.errors import EncoderMismatch, StoreDamaged
+from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
 from isimed_index.scans.prepare import Intensity
 
 CARD = "card.json"
@@ -23,13 +23,14 @@ class EncoderCard:
     """How patches become vectors: network, weights, patch, working spacing and intensity scaling.
 
     `outputs` maps an output's name to its dimension; `match_output` is the one that matches are searched in, compared
-    by `metric`. `name` and `training` say where the encoder came from and do not enter the id.
+    by `metric`. `weights_sha256` is None for an encoder without weights, and until they are written. `name` and
+    `training` say where the encoder came from and do not enter the id.
     """
 
     name: str
     factory: str
     network: Mapping[str, int]
-    weights_sha256: str
+    weights_sha256: str | None
     patch_vox: int
     stride_vox: int
     spacing_mm: float
@@ -38,6 +39,10 @@ class EncoderCard:
     metric: Metric
     intensity: Intensity = field(default_factory=Intensity)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.match_output not in self.outputs:
+            raise EncoderMismatch(f"expected match_output among {sorted(self.outputs)}, found {self.match_output!r}")
 
     @property
     def id(self) -> str:
@@ -77,22 +82,27 @@ class EncoderCard:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> EncoderCard:
-        """Read a card; `EncoderMismatch` when its id is not the hash of its content."""
-        validate("card", dict(fields), EncoderMismatch)
-        card = cls(
-            name=fields["name"],
-            factory=fields["factory"],
-            network=fields["network"],
-            weights_sha256=fields["weights_sha256"],
-            patch_vox=fields["patch_vox"],
-            stride_vox=fields["stride_vox"],
-            spacing_mm=fields["spacing_mm"],
-            outputs={name: output["dim"] for name, output in fields["outputs"].items()},
-            match_output=fields["match_output"],
-            metric=cast(Metric, fields["metric"]),
-            intensity=Intensity(**fields["intensity"]),
-            training=fields["training"],
-        )
+        """Read a card; `EncoderMismatch` when it lacks something or its id is not the hash of its content."""
+        validate("card", fields, EncoderMismatch)
+        try:
+            card = cls(
+                name=fields["name"],
+                factory=fields["factory"],
+                network=fields["network"],
+                weights_sha256=fields["weights_sha256"],
+                patch_vox=fields["patch_vox"],
+                stride_vox=fields["stride_vox"],
+                spacing_mm=float(fields["spacing_mm"]),
+                outputs={name: output["dim"] for name, output in fields["outputs"].items()},
+                match_output=fields["match_output"],
+                metric=cast(Metric, fields["metric"]),
+                intensity=Intensity(**fields["intensity"]),
+                training=fields["training"],
+            )
+        except (KeyError, TypeError, UsageError) as error:  # the schema leaves these to each kind of encoder
+            raise EncoderMismatch(
+                f"the encoder card of {fields['name']!r} lacks what this version needs: {error}"
+            ) from error
         if card.id != fields["id"]:
             raise EncoderMismatch(
                 f"the encoder card says id {fields['id']}, its content hashes to {card.id}",
@@ -106,5 +116,7 @@ def read_card(directory: Path) -> EncoderCard:
     try:
         fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreDamaged(f"the encoder card {CARD} in {directory.name} cannot be read") from error
+        raise StoreDamaged(
+            f"the encoder card {CARD} in {directory.name} cannot be read", next_step="isimed check"
+        ) from error
     return EncoderCard.from_json(fields)

@@ -10,7 +10,6 @@ not have this property and has to be run patch by patch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -54,7 +53,9 @@ class ValidNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Outputs:
         features = self.trunk(x)  # (n, 8w, i, j, k)
-        result = {name: head(features) for name, head in self.heads.items()}
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round 100 mm to half a millimetre
+            exact = features.to(next(self.heads.parameters()).dtype)
+            result = {name: head(exact) for name, head in self.heads.items()}
         if "position" in result:
             result["position"] = result["position"] * MM_PER_POSITION_UNIT
         return result
@@ -92,15 +93,18 @@ _FACTORIES: dict[str, type[ValidNet] | type[PatchDenseNet121]] = {
 
 
 def build_network(factory: str, outputs: Mapping[str, int], arguments: Mapping[str, int]) -> Network:
-    """Build the network that `factory` names, with freshly initialised weights."""
+    """Build the network that `factory` names, freshly initialised; `EncoderMismatch` if this version cannot."""
     if factory not in _FACTORIES:
         raise EncoderMismatch(
             f"expected a network among {sorted(_FACTORIES)}, found {factory!r}",
             next_step="use the version of isimed-index that trained this encoder",
         )
-    return _FACTORIES[factory](outputs=outputs, **arguments)
+    try:
+        return _FACTORIES[factory](outputs=outputs, **arguments)
+    except TypeError as error:
+        raise EncoderMismatch(f"the network {factory} cannot be built: {error}") from error
 
 
 def parameter_count(network: nn.Module) -> int:
     """How many trainable numbers a network holds."""
-    return sum(math.prod(p.shape) for p in network.parameters())
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -11,6 +11,7 @@ from isimed_index.encoders.card import EncoderCard
 from isimed_index.grid import PatchGrid
 from isimed_index.scans.prepare import Volume
 
+_BATCH = 64  # patches in memory at once
 Vectors = dict[str, NDArray[np.float32]]  # output name → (n, dim)
 
 
@@ -41,11 +42,16 @@ def encode_grid(encoder: Encoder, volume: Volume, grid: PatchGrid, numbers: NDAr
     if whole is not None:
         vectors: Vectors = whole(volume, grid, numbers)
         return vectors
+    return encode_patches(encoder, volume, grid, numbers)
+
+
+def encode_patches(encoder: Encoder, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
+    """Encode the patches `numbers` (n,) of a volume's grid one by one, a batch at a time."""
     batches = [
-        encoder.encode(grid.extract(volume.values, numbers[start : start + 64], volume.background))
-        for start in range(0, len(numbers), 64)
+        encoder.encode(grid.extract(volume.values, numbers[start : start + _BATCH], volume.background))
+        for start in range(0, len(numbers), _BATCH)
     ]
     return {
-        name: np.concatenate([batch[name] for batch in batches]) if batches else np.empty((0, dim), np.float32)
+        name: np.concatenate([np.empty((0, dim), np.float32), *(batch[name] for batch in batches)])
         for name, dim in encoder.card.outputs.items()
     }

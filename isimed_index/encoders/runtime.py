@@ -18,12 +18,12 @@ from safetensors.torch import save as save_tensors
 
 from isimed_index.encoders.card import CARD, WEIGHTS, EncoderCard, read_card
 from isimed_index.encoders.networks import Network, build_network
-from isimed_index.encoders.protocol import Vectors
-from isimed_index.errors import EncoderMismatch, UsageError
-from isimed_index.grid import PatchGrid
+from isimed_index.encoders.protocol import Vectors, encode_patches
+from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
+from isimed_index.grid import Box, PatchGrid
 from isimed_index.scans.prepare import Volume
 
-TILE = 24  # lattice points along the edge of one tile of a whole-volume pass
+TILE = 24  # vectors along the edge of what one pass gives at most
 
 
 def choose_device(device: str) -> torch.device:
@@ -50,7 +50,7 @@ class TorchEncoder:
         edge = self.card.patch_vox
         if patches.shape[1:] != (edge, edge, edge):
             raise EncoderMismatch(f"expected patches of {edge}³ voxels, found {patches.shape[1:]}")
-        return {name: y.reshape(len(patches), -1) for name, y in self._run(patches[:, None]).items()}
+        return {name: y[:, :, 0, 0, 0] for name, y in self._run(patches[:, None]).items()}
 
     def encode_grid(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
         """The same vectors as `encode` of each patch `numbers` (n,) of `grid`.
@@ -58,15 +58,18 @@ class TorchEncoder:
         A network without padding shares its work between overlapping patches: the lattice is cut into tiles and each
         tile is one pass. A lattice finer than the network's stride takes several passes, shifted against each other.
         """
+        if grid.patch != self.card.patch_vox:
+            raise EncoderMismatch(f"expected a grid of patches of {self.card.patch_vox} voxels, found {grid.patch}")
         own = self.network.stride
         if not self.network.exactly_convolutional or (grid.stride % own and own % grid.stride):
-            return self._encode_patches(volume, grid, numbers)
+            return encode_patches(self, volume, grid, numbers)
         result = {name: np.empty((len(numbers), dim), np.float32) for name, dim in self.card.outputs.items()}
         ijk = grid.ijk(numbers)
         phases = max(1, own // grid.stride)
+        tile_points = max(1, TILE * own // max(own, grid.stride))
         for phase in itertools.product(range(phases), repeat=3):
             rows = np.flatnonzero((ijk % phases == phase).all(axis=1))
-            tiles = ijk[rows] // phases // TILE
+            tiles = ijk[rows] // phases // tile_points
             for tile in np.unique(tiles, axis=0):
                 here = rows[(tiles == tile).all(axis=1)]
                 self._encode_tile(volume, grid, ijk[here], here, result)
@@ -78,35 +81,21 @@ class TorchEncoder:
         """One pass over the box that holds the patches `ijk` (n, 3); fills `rows` (n,) of `result`."""
         own = self.network.stride
         starts = np.array(grid.first_start) + ijk * grid.stride
-        low, high = starts.min(axis=0), starts.max(axis=0) + grid.patch
-        shape = np.array(volume.values.shape)
-        block = np.full(high - low, volume.background, np.float32)
-        a, b = np.clip(low, 0, shape), np.clip(high, 0, shape)
-        if (b > a).all():
-            inner, outer = zip(*(_span(*ends) for ends in zip(a - low, b - low, a, b, strict=True)), strict=True)
-            block[inner] = volume.values[outer]
+        low = starts.min(axis=0)
+        x, y, z = low.tolist()
+        i, j, k = (starts.max(axis=0) + grid.patch).tolist()
+        box = Box((x, y, z), (i, j, k))
+        source, target = box.slices(volume.values.shape)
+        block = np.full(box.shape, volume.background, np.float32)
+        block[target] = volume.values[source]
         at = tuple(((starts - low) // own).T)
-        for name, y in self._run(block[None, None]).items():
-            result[name][rows] = y[0][(slice(None), *at)].T
-
-    def _encode_patches(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
-        batches = [
-            self.encode(grid.extract(volume.values, numbers[start : start + 64], volume.background))
-            for start in range(0, len(numbers), 64)
-        ]
-        return {
-            name: np.concatenate([np.empty((0, dim), np.float32), *(batch[name] for batch in batches)])
-            for name, dim in self.card.outputs.items()
-        }
+        for name, found in self._run(block[None, None]).items():
+            result[name][rows] = found[0][(slice(None), *at)].T
 
     def _run(self, values: NDArray[np.float32]) -> Vectors:
         with torch.inference_mode():
             outputs = self.network(torch.from_numpy(np.ascontiguousarray(values)).to(self.device))
             return {name: y.float().cpu().numpy() for name, y in outputs.items()}
-
-
-def _span(a: int, b: int, c: int, d: int) -> tuple[slice, slice]:
-    return slice(a, b), slice(c, d)
 
 
 def weights_bytes(state: Mapping[str, torch.Tensor]) -> bytes:
@@ -125,14 +114,25 @@ def write_encoder(directory: Path, card: EncoderCard, state: Mapping[str, torch.
 
 
 def load_encoder(directory: Path, device: str = "auto") -> TorchEncoder:
-    """Load an encoder directory; `EncoderMismatch` when the weights do not match the card or the network."""
+    """Load an encoder directory.
+
+    `StoreDamaged` when a file is missing or cut off, `EncoderMismatch` when the weights do not match card or network.
+    """
     card = read_card(directory)
-    data = (directory / WEIGHTS).read_bytes()
+    try:
+        data = (directory / WEIGHTS).read_bytes()
+        state = load_tensors(data)
+    except (OSError, SafetensorError) as error:
+        raise StoreDamaged(
+            f"the weights {WEIGHTS} of encoder {card.id} are missing or cut off", next_step="isimed check"
+        ) from error
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
-        raise EncoderMismatch(f"the weights of encoder {card.id} do not match the hash on its card")
+        raise EncoderMismatch(
+            f"the weights of encoder {card.id} do not match the hash on its card", next_step="isimed check"
+        )
     network = build_network(card.factory, card.outputs, card.network)
     try:
-        network.load_state_dict(load_tensors(data))
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict(state)
+    except RuntimeError as error:
         raise EncoderMismatch(f"the weights of encoder {card.id} do not fit its network {card.factory}") from error
     return TorchEncoder(card, network, choose_device(device))

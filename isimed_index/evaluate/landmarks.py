@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isimed_index.consensus import local_affine
 from isimed_index.encode import prepared
 from isimed_index.errors import UsageError
-from isimed_index.lookup import Lookup
+from isimed_index.lookup import Lookup, between, follow
 from isimed_index.progress import Progress, Silent
-from isimed_index.scans.chunks import open_chunks
 from isimed_index.space import Affine, apply_affine, inverse
 
 if TYPE_CHECKING:
@@ -123,7 +121,7 @@ def _heads(lookup: Lookup, where: str | None, label_where: str | None, progress:
     progress.start("read", len(landmarks), "scans")
     heads = {}
     for scan, points in landmarks.items():
-        stored = open_chunks(snapshot.chunks_path(scan))
+        stored = lookup.stored(scan)
         volume = prepared(stored.values(), stored.affine, lookup.card)
         centroid = apply_affine(volume.affine, np.argwhere(volume.foreground).mean(axis=0))
         labels = stored.labels()
@@ -147,12 +145,12 @@ def _predictors(
     lookup: Lookup, source: _Head, target: _Head
 ) -> dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
     a, b = lookup.lattice(source.scan), lookup.lattice(target.scan)
-    charts = lookup.frame.charts
-    start = inverse(charts[target.scan].affine) @ charts[source.scan].affine
+    chart_a, chart_b = lookup.frame.charts[source.scan], lookup.frame.charts[target.scan]
+    start = between(chart_a, chart_b)
     shift = target.centroid_mm - source.centroid_mm
     return {
         "same world point": lambda q: q,
         "foreground centroid": lambda q: q + shift,
         "chart": lambda q: apply_affine(start, q),
-        "lookup": lambda q: apply_affine(local_affine(a, b, q, start)[0], q),
+        "lookup": lambda q: follow(q, a, chart_a, b, chart_b)[0],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Cohort:
         if not len(foreground):  # a scan without contrast: views are centred anywhere
             foreground = np.argwhere(np.ones_like(prepared.foreground)).astype(np.int16)
         volume = WorkingVolume(
-            torch.from_numpy(prepared.values).half(), prepared.affine, prepared.background, foreground
+            torch.tensor(prepared.values, dtype=torch.float16), prepared.affine, prepared.background, foreground
         )
         self._kept[number] = volume
         self._bytes += _size(volume)
@@ -75,7 +75,7 @@ def _size(volume: WorkingVolume) -> int:
 
 def draw(cohort: Cohort, config: PretrainConfig, step: int) -> Batch:
     """The batch of one step; the scans of an epoch are a random permutation, so that every scan is seen."""
-    rng = np.random.default_rng([config.seed, step])
+    rng = np.random.default_rng([config.seed, 0, step])
     images, affines, scan_of, crop_of = [], [], [], []
     for place, number in enumerate(_scans_of(len(cohort), config, step)):
         volume = cohort.volume(number)
@@ -86,7 +86,8 @@ def draw(cohort: Cohort, config: PretrainConfig, step: int) -> Batch:
             centre = volume.foreground_vox[rng.integers(len(volume.foreground_vox))].astype(np.float64)
             for _ in range(config.views_per_crop):
                 pose = random_pose(rng, config.augmentation)
-                shift = rng.uniform(-_JITTER_VOX, _JITTER_VOX, 3) if config.views_per_crop == 2 else np.zeros(3)
+                # A view has an even number of voxels: centred between two, a still one lies on voxels, as patches do.
+                shift = rng.uniform(-_JITTER_VOX, _JITTER_VOX, 3) if config.views_per_crop == 2 else np.full(3, 0.5)
                 view = cut(volume, centre + shift, pose, config.view_vox)
                 images.append(recolour(view, rng, config.augmentation))
                 affines.append(to_mm @ view_affine(centre + shift, pose, config.view_vox))
@@ -107,10 +108,9 @@ def _scans_of(scans: int, config: PretrainConfig, step: int) -> NDArray[np.int64
 def batches(cohort: Cohort, config: PretrainConfig, steps: range) -> Iterator[Batch]:
     """The batches of `steps`, each drawn in a background thread while the one before is learned from."""
     with ThreadPoolExecutor(1, thread_name_prefix="sampler") as pool:
-        coming = pool.submit(draw, cohort, config, steps[0]) if steps else None
+        coming = deque(pool.submit(draw, cohort, config, step) for step in steps[:1])
         for step in steps:
-            if coming is None:
-                return
-            batch = coming.result()
-            coming = pool.submit(draw, cohort, config, step + 1) if step + 1 < steps.stop else None
+            batch = coming.popleft().result()
+            if step + 1 in steps:
+                coming.append(pool.submit(draw, cohort, config, step + 1))
             yield batch

@@ -40,12 +40,13 @@ class Trained:
 
 
 def new_card(config: PretrainConfig, name: str, preset: str) -> EncoderCard:
-    """The card of an encoder that is about to be trained; its weights' hash is still empty."""
+    """The card of an encoder that is about to be trained; its weights have no hash yet."""
     outputs = {"embedding": config.embedding_dim}
     network: dict[str, int] = {}
     if config.network == "valid":
         network["width"] = config.width
-        outputs["position"] = 3
+        if config.coordinate_weight > 0:
+            outputs["position"] = 3
         if config.descriptor_weight > 0:
             outputs["descriptor"] = config.descriptor_dim
     match_output = "descriptor" if "descriptor" in outputs else "embedding"
@@ -53,7 +54,7 @@ def new_card(config: PretrainConfig, name: str, preset: str) -> EncoderCard:
         name=name,
         factory=_FACTORY[config.network],
         network=network,
-        weights_sha256="",
+        weights_sha256=None,
         patch_vox=32,
         stride_vox=4,
         spacing_mm=config.spacing_mm,
@@ -78,22 +79,25 @@ def train(
 ) -> Trained:
     """Train an encoder on the scans behind `sources`; checkpoints and metrics go to `directory` after every epoch.
 
-    The result depends on the configuration, the order of the sources and the machine's arithmetic alone.
+    The result depends on the configuration, the order of the sources and the machine's arithmetic alone. `resume` goes
+    on from the last checkpoint in `directory` and ends as an uninterrupted run does.
     """
     progress = progress or Silent()
     on = choose_device(device)
-    torch.manual_seed(config.seed)
     card = new_card(config, name, preset)
-    network = build_network(card.factory, card.outputs, card.network).to(on)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
+        torch.manual_seed(config.seed)
+        network = build_network(card.factory, card.outputs, card.network).to(on)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     cohort = Cohort(sources, int(config.cache_gib * 2**30))
     per_epoch = config.steps_per_epoch or math.ceil(len(cohort) / config.batch_scans)
     total = per_epoch * config.epochs
     first = checkpoint.load(directory, network, optimiser, config) if resume else 0
+    if not resume:
+        checkpoint.discard(directory)
     metrics = directory / checkpoint.METRICS
-    if not first:
-        metrics.write_text("", encoding="utf-8")
+    _keep_epochs(metrics, first // per_epoch)
 
     progress.start("pretrain", total, "steps")
     progress.advance(first)
@@ -125,8 +129,8 @@ def train(
 def _descend(losses: Losses, network: Network, optimiser: torch.optim.AdamW, config: PretrainConfig, step: int) -> None:
     if not torch.isfinite(losses.total):
         raise TrainingDiverged(
-            f"the loss became {float(losses.total)} at step {step}",
-            next_step="lower learning_rate; --resume goes on from the last epoch",
+            f"the loss became {losses.total.item()} at step {step}",
+            next_step="lower learning_rate and start again; the same run would diverge again",
         )
     optimiser.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
@@ -148,11 +152,17 @@ def _end_epoch(
     warning = collapse_warning(figures)
     if warning:
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
-    entry = {"epoch": step // per_epoch + 1, "step": step + 1, "patches_per_s": round(rate, 1)}
+    entry: dict[str, float | None] = {"epoch": step // per_epoch + 1, "step": step + 1, "patches_per_s": round(rate, 1)}
     entry |= {key: round(value / per_epoch, 6) for key, value in sums.items()}
-    entry |= {key: round(value, 6) for key, value in figures.items()}
+    entry |= {key: round(value, 6) if math.isfinite(value) else None for key, value in figures.items()}
     with metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def _keep_epochs(metrics: Path, epochs: int) -> None:
+    """Drop what a metrics file says of epochs that will be done again; one line is one epoch."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if epochs and metrics.exists() else []
+    metrics.write_text("".join(lines[:epochs]), encoding="utf-8")
 
 
 def _rate(config: PretrainConfig, step: int, per_epoch: int, total: int) -> float:

@@ -80,8 +80,8 @@ def recolour(view: torch.Tensor, rng: np.random.Generator, augmentation: Augment
         else:
             curve = np.cumsum(rng.gamma(1.0, 1.0, knots))
             curve = 2 * (curve - curve[0]) / (curve[-1] - curve[0]) - 1
-        if rng.random() < a.invert_probability / a.curve_probability:
-            curve[1:] = curve[1:][::-1].copy()
+        if rng.random() < a.invert_probability:
+            curve[1:] = curve[1:][::-1].copy()  # air, the first value, stays as it is
         position = ((view.clamp(-1, 1) + 1) / 2 * (knots - 1)).clamp(0, knots - 1 - 1e-4)
         lower = position.long()
         table = torch.tensor(curve, dtype=torch.float32)

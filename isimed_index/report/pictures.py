@@ -11,7 +11,6 @@ import numpy as np
 from isimed_index.errors import NotFound
 from isimed_index.lookup import Lookup, Question, Source
 from isimed_index.report.figures import Panel, embedding_figure, match_figure, save, training_figure
-from isimed_index.scans.chunks import open_chunks
 from isimed_index.space import Space
 
 FIELD_MM = 160.0  # edge of the planes drawn around a point
@@ -21,10 +20,10 @@ def draw_match(
     lookup: Lookup, source: Source, point: Sequence[float], space: Space, question: Question, out: Path
 ) -> None:
     """The query point and its best matches, a row each, in three planes."""
-    at = source.point_mm(point, space)
-    matches = lookup.nearest(source, point, space, question)
     if source.scan is None:
         raise NotFound("a match figure needs a stored query scan", next_step="isimed add FILE, then isimed index")
+    at = source.point_mm(point, space)
+    matches = lookup.nearest(source, point, space, question)
     query = _panel(lookup, source.scan, (float(at[0]), float(at[1]), float(at[2])), "query")
     found = [_panel(lookup, m.scan, m.xyz_mm, _note(m.distance)) for m in matches if m.in_view]
     save(match_figure(query, found, field_mm=FIELD_MM), out)
@@ -34,10 +33,10 @@ def draw_umap(lookup: Lookup, where: str | None, seed: int, most: int, out: Path
     """UMAP of at most `most` patches of the scans that `where` keeps, coloured by canonical position."""
     from isimed_index.project import umap
 
-    condition = "" if where is None else f" WHERE scan IN (SELECT scan FROM scans WHERE ({where}))"
+    condition = "" if where is None else f" AND scan IN (SELECT scan FROM scans WHERE ({where}))"
     rows = lookup.snapshot.sql(
-        f"SELECT patch, cx_mm, cy_mm, cz_mm FROM (SELECT * FROM patches WHERE encoder = $encoder){condition} "
-        "ORDER BY patch",
+        "SELECT patch, cx_mm, cy_mm, cz_mm FROM patches "
+        f"WHERE encoder = $encoder AND cx_mm IS NOT NULL{condition} ORDER BY patch",
         {"encoder": lookup.card.id},
     )
     if not rows.num_rows:
@@ -63,7 +62,7 @@ def draw_training(lookup: Lookup, out: Path) -> None:
 
 
 def _panel(lookup: Lookup, scan: str, at: tuple[float, float, float], note: str) -> Panel:
-    stored = open_chunks(lookup.snapshot.chunks_path(scan))
+    stored = lookup.stored(scan)
     return Panel(scan, stored.values(), stored.affine, at, note=note)
 
 

@@ -55,14 +55,7 @@ def read_labels(path: Path, scan: Scan, names: Mapping[int, str]) -> LabelMap:
 
 def read_label_names(path: Path) -> dict[int, str]:
     """Read a CSV or TSV table with the columns `label` (or `index`, `value`) and `name`; `UsageError` if malformed."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in first else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"label table {path.name} cannot be read", next_step="give a CSV or TSV file") from error
-    columns = list(rows[0]) if rows else []
+    columns, rows = read_rows(path, "label table")
     key = next((column for column in _LABEL_COLUMNS if column in columns), None)
     if key is None or "name" not in columns:
         raise UsageError(
@@ -78,6 +71,22 @@ def read_label_names(path: Path) -> dict[int, str]:
         if names.setdefault(label, name.strip()) != name.strip():
             raise UsageError(f"label table {path.name}, line {line}: label {label} has two names")
     return names
+
+
+def read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, str | None]]]:
+    """Column names and rows of a CSV table, or a TSV one where its first line holds a tab; `UsageError` if unreadable.
+
+    A cell that a short row lacks is None; cells beyond the last column are dropped.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter="\t" if "\t" in first else ",")
+            columns = list(reader.fieldnames or ())
+            return columns, [{column: row[column] for column in columns} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{what} {path.name} cannot be read", next_step="give a CSV or TSV file") from error
 
 
 @contextmanager

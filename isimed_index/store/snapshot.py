@@ -149,6 +149,10 @@ class Snapshot:
         ]
         return sorted(found, key=lambda segment: segment.first_row_id)
 
+    def newest_segments(self, encoder_id: str) -> dict[str, Segment]:
+        """By scan id, the segment of one encoder that was committed last (a scan may be encoded at several strides)."""
+        return {self.scan_of[segment.scan_artefact]: segment for segment in self.segments(encoder_id)}
+
     def newest(self, kind: Literal["frame", "index"], encoder_id: str) -> Artefact | None:
         """The frame or index of an encoder that was committed last."""
         found = [artefact for artefact in self.artefacts(kind) if artefact.fields["encoder"] == encoder_id]

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from isimed_index.errors import UsageError
+from isimed_index.encoders.card import EncoderCard
+from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
+from isimed_index.errors import EncoderMismatch, UsageError
+from isimed_index.grid import PatchGrid
 from isimed_index.index.protocol import NO_ROW, Block, Hits, Index, Metric
+from isimed_index.scans.prepare import Volume
 
 _METRICS: tuple[Metric, ...] = ("l2", "cosine")
 
@@ -173,3 +177,104 @@ class IndexConformance:
             assert among is None or set(kept) <= set(among)
             own = [distance(query.astype(np.float64), vectors[row_id], metric) for row_id in kept]
             np.testing.assert_allclose(distances[: len(kept)], own, atol=self.tolerance)
+
+
+class EncoderConformance:
+    """The contract of `Encoder`, and of `GridEncoder` where the encoder under test is one."""
+
+    tolerance = 1e-4  # of vectors whose values are of order one; others are compared relative to their largest
+
+    def make(self) -> Encoder:
+        """Return the encoder under test."""
+        raise NotImplementedError
+
+    def test_the_card_says_what_is_returned(self) -> None:
+        encoder = self.make()
+        self.check(encoder.encode(self.patches(encoder, 5)), encoder.card, 5)
+
+    def test_no_patches(self) -> None:
+        encoder = self.make()
+        self.check(encoder.encode(self.patches(encoder, 0)), encoder.card, 0)
+
+    def test_a_vector_depends_on_its_patch_alone(self) -> None:
+        encoder = self.make()
+        patches = self.patches(encoder, 4)
+        before = patches.copy()
+        together = encoder.encode(patches)
+        self.same(together, encoder.encode(patches))
+        for number in range(4):
+            self.same({name: y[[number]] for name, y in together.items()}, encoder.encode(patches[[number]]))
+        np.testing.assert_array_equal(patches, before)
+
+    def test_other_patches_have_other_vectors(self) -> None:
+        encoder = self.make()
+        patches = self.patches(encoder, 1)
+        vector = encoder.encode(patches)[encoder.card.match_output]
+        others = {"another patch": self.patches(encoder, 2)[1:]}
+        others |= {f"its mirror image along axis {axis}": np.flip(patches, axis + 1) for axis in range(3)}
+        for what, other in others.items():
+            far = np.abs(encoder.encode(np.ascontiguousarray(other))[encoder.card.match_output] - vector).max()
+            assert far > self.tolerance * np.abs(vector).max(), f"{what} has the same vector"
+
+    def test_refuses_patches_of_another_size(self) -> None:
+        encoder = self.make()
+        edge = encoder.card.patch_vox
+        for shape in ((edge + 1, edge, edge), (edge, edge, edge - 1)):
+            try:
+                encoder.encode(np.zeros((2, *shape), np.float32))
+            except EncoderMismatch:
+                continue
+            raise AssertionError(f"patches of shape {shape} were not refused")
+
+    def test_a_grid_is_encoded_as_its_patches_are(self) -> None:
+        """Any lattice, any selection in any order, patches that stick out of the volume included."""
+        encoder = self.make()
+        edge, stride = encoder.card.patch_vox, encoder.card.stride_vox
+        volume = self.volume((edge + 9, edge + 4, edge - 3))
+        for step in sorted({max(1, stride // 2), stride, stride + 1, 2 * stride}):
+            grid = PatchGrid((edge + 9, edge + 4, edge - 3), edge, step, volume.affine)
+            drawn = np.random.default_rng(step).choice(len(grid), min(20, len(grid)), replace=False)
+            numbers = np.concatenate([[len(grid) - 1, 0], drawn]).astype(np.int64)
+            expected = encoder.encode(grid.extract(volume.values, numbers, volume.background))
+            found = encode_grid(encoder, volume, grid, numbers)
+            self.check(found, encoder.card, len(numbers))
+            self.same(found, expected)
+            self.check(encode_grid(encoder, volume, grid, numbers[:0]), encoder.card, 0)
+
+    def test_refuses_a_grid_of_other_patches(self) -> None:
+        encoder = self.make()
+        edge = encoder.card.patch_vox
+        volume = self.volume((edge, edge, edge))
+        try:
+            encode_grid(encoder, volume, PatchGrid((edge, edge, edge), edge + 4, 4, volume.affine), np.array([0]))
+        except EncoderMismatch:
+            return
+        raise AssertionError("a grid of other patches was not refused")
+
+    @staticmethod
+    def patches(encoder: Encoder, n: int) -> NDArray[np.float32]:
+        """Patches (n, x, y, z) of noise within −1…1 on a slope, no two alike."""
+        edge = encoder.card.patch_vox
+        values = np.random.default_rng(3).uniform(-1, 1, (n, edge, edge, edge))
+        return (values * np.linspace(0.2, 1, edge)).astype(np.float32)
+
+    @staticmethod
+    def volume(shape: tuple[int, int, int]) -> Volume:
+        """A volume (x, y, z) of noise within −1…1."""
+        values = np.random.default_rng(4).uniform(-1, 1, shape).astype(np.float32)
+        return Volume(values, np.diag([2.0, 2.0, 2.0, 1.0]), -1.0, values > -0.8)
+
+    @staticmethod
+    def check(found: Vectors, card: EncoderCard, n: int) -> None:
+        """Names, shapes and types are those that the card says."""
+        assert set(found) == set(card.outputs)
+        for name, dim in card.outputs.items():
+            assert found[name].shape == (n, dim), f"{name}: {found[name].shape}"
+            assert found[name].dtype == np.float32
+            assert np.isfinite(found[name]).all()
+
+    def same(self, found: Vectors, expected: Vectors) -> None:
+        """Two sets of vectors agree."""
+        for name, vectors in expected.items():
+            scale = max(1.0, float(np.abs(vectors).max(initial=0)))
+            np.testing.assert_allclose(found[name], vectors, rtol=0, atol=self.tolerance * scale, err_msg=name)

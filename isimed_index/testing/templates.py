@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from isimed_index.errors import MissingExtra, UsageError
 from isimed_index.space import Affine, apply_affine, checked_affine, spacing_mm
 
+_LLOYD_ROUNDS = 10
 _LANDMARK_CANDIDATES = 20_000  # enough to spread some dozen points evenly
 
 
@@ -31,11 +32,13 @@ class Template:
         return mask
 
     def landmarks_mm(self, n: int, margin_mm: float = 8.0) -> NDArray[np.float64]:
-        """`n` points (n, 3) in RAS+ mm spread evenly over the head, each at least `margin_mm` below its surface.
+        """`n` points (n, 3) in RAS+ mm spread evenly through the head, each at least `margin_mm` below its surface.
 
-        Farthest-point sampling from the most central voxel: the same points every time.
+        Farthest-point sampling from the most central voxel, which alone would crowd the surface, then centres of the
+        nearest regions (Lloyd's rounds): the same points every time, deep and shallow in proportion to their volume.
         """
         from scipy.ndimage import distance_transform_edt
+        from scipy.spatial import KDTree
 
         depth = distance_transform_edt(np.pad(self.foreground(), 1), sampling=spacing_mm(self.affine))[1:-1, 1:-1, 1:-1]
         points = apply_affine(self.affine, np.argwhere(depth >= margin_mm))
@@ -47,7 +50,12 @@ class Template:
         while len(chosen) < n:
             nearest = np.minimum(nearest, np.linalg.norm(points - points[chosen[-1]], axis=1))
             chosen.append(int(np.argmax(nearest)))
-        return points[chosen]
+        centres = points[chosen]
+        for _ in range(_LLOYD_ROUNDS):
+            region = KDTree(centres).query(points)[1]
+            means = np.stack([points[region == i].mean(axis=0) for i in range(n)])
+            centres = points[KDTree(points).query(means)[1]]  # back onto a voxel that is deep enough
+        return centres
 
 
 def read_template(path: Path) -> Template:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from isimed_index.pretrain.objectives.precision import at_least_float32
+
 
 def offset_loss(
     positions_mm: torch.Tensor, centres_mm: torch.Tensor, scan_of: torch.Tensor, *, unit_mm: float = 100.0
@@ -24,9 +26,8 @@ def offset_loss(
         scan_of: (n,) integer, which scan a patch came from, values 0 … scans-1.
         unit_mm: the unit in which the error is measured; errors above a fifth of it count linearly.
     """
-    error = (positions_mm.float() - centres_mm.float()) / unit_mm  # (n, 3)
-    scans = int(scan_of.max()) + 1
-    count = torch.zeros(scans, device=error.device).index_add_(0, scan_of, torch.ones_like(error[:, 0]))
-    mean = torch.zeros(scans, 3, device=error.device).index_add_(0, scan_of, error) / count.clamp(min=1)[:, None]
-    rest = error - mean[scan_of]
+    error = (at_least_float32(positions_mm) - at_least_float32(centres_mm)) / unit_mm  # (n, 3)
+    total = error.new_zeros(int(scan_of.max()) + 1, 3).index_add_(0, scan_of, error)
+    count = torch.bincount(scan_of).clamp(min=1)[:, None]
+    rest = error - (total / count)[scan_of]
     return F.huber_loss(rest, torch.zeros_like(rest), delta=0.2) * 3.0

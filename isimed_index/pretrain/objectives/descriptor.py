@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from isimed_index.pretrain.objectives.precision import at_least_float32
+
 
 def dense_infonce(
     anchors: torch.Tensor,
@@ -20,7 +22,7 @@ def dense_infonce(
     ignore_mm: float = 14.0,
     temperature: float = 0.1,
 ) -> torch.Tensor:
-    """Mean of -log softmax of the positive among the candidates that lie beyond `ignore_mm`; a scalar, float32.
+    """Mean of -log softmax of the positive among the candidates beyond `ignore_mm`; a scalar, float32 or float64.
 
     Args:
         anchors: (n, d) descriptors of view one, normalised here.
@@ -30,10 +32,10 @@ def dense_infonce(
         ignore_mm: candidates nearer than this are left out.
         temperature: divides the cosine similarity.
     """
-    a, p, c = (F.normalize(v.float(), dim=1) for v in (anchors, positives, candidates))
+    a, p, c = (F.normalize(at_least_float32(v), dim=1) for v in (anchors, positives, candidates))
     hit = (a * p).sum(1) / temperature  # (n,)
     logits = a @ c.T / temperature  # (n, m)
-    near = torch.cdist(anchor_mm.float(), candidate_mm.float()) < ignore_mm
+    near = torch.cdist(at_least_float32(anchor_mm), at_least_float32(candidate_mm)) < ignore_mm
     logits = logits.masked_fill(near, float("-inf"))
     total = torch.logsumexp(torch.cat([hit[:, None], logits], dim=1), dim=1)
     return (total - hit).mean()

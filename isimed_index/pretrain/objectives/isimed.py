@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from isimed_index.pretrain.objectives.precision import at_least_float32
+
 Pairs = Literal["within", "all"]
 
 
@@ -19,7 +21,7 @@ def distance_loss(
     unit_mm: float = 100.0,
     near_mm: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared difference between latent and physical distance over pairs of patches; a scalar, float32.
+    """Mean squared difference between latent and physical distance over pairs of patches; a scalar, float32 or float64.
 
     Args:
         embeddings: (n, d) latent vectors.
@@ -31,8 +33,8 @@ def distance_loss(
         near_mm: weight a pair by 1 / (distance + near_mm), normalised to mean one, so that far pairs do not drown the
             near ones; None is the paper's plain mean.
     """
-    physical = _distances(_full(centres_mm))  # (n, n) mm
-    latent = _distances(_full(embeddings)) * unit_mm
+    physical = _distances(at_least_float32(centres_mm))  # (n, n) mm
+    latent = _distances(at_least_float32(embeddings)) * unit_mm
     chosen = torch.ones_like(physical, dtype=torch.bool).triu(diagonal=1)
     if pairs == "within":
         chosen &= scan_of[:, None] == scan_of[None, :]
@@ -41,10 +43,6 @@ def distance_loss(
         weight = weight / (physical + near_mm)
     error = ((latent - physical) / unit_mm).square()
     return (error * weight).sum() / weight.sum().clamp(min=1e-12)
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,281 @@
+"""The training loop: deterministic, resumable, watched."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretraining import config, sources
+
+from isimed_index.config import PretrainConfig, pretrain_config
+from isimed_index.encoders.runtime import load_encoder, write_encoder
+from isimed_index.errors import TrainingDiverged, UsageError
+from isimed_index.pretrain import checkpoint, trainer
+from isimed_index.pretrain.trainer import Trained, new_card, train
+from isimed_index.progress import Silent
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    """One thread; six steps may leave an embedding that looks collapsed, which is not what these tests are about."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the embeddings are collapsing", RuntimeWarning)
+        yield
+
+
+def run(directory: Path, setup: PretrainConfig, **options: Any) -> Trained:
+    directory.mkdir(exist_ok=True)
+    return train(setup, sources(3), directory, device="cpu", **options)
+
+
+def same(a: Trained, b: Trained) -> bool:
+    return a.state.keys() == b.state.keys() and all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+def entries(trained: Trained) -> list[dict[str, Any]]:
+    """The metrics but for the speed; strict JSON, without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = trained.metrics.read_text().splitlines()
+    read = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{key: value for key, value in entry.items() if key != "patches_per_s"} for entry in read]
+
+
+class Interrupt(Silent):
+    """A progress display whose user presses Ctrl-C at the n-th step."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.left -= n
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+class Notes(Silent):
+    """A progress display that remembers."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self.said.append((task, total, unit))
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.said.append(n)
+
+    def finish(self) -> None:
+        self.said.append("finished")
+
+
+def test_training_is_decided_by_configuration_and_scans(tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    first = run(tmp_path / "a", config())
+    torch.manual_seed(100)
+    torch.rand(17)
+    again = run(tmp_path / "b", config())
+    assert same(first, again)
+    assert entries(first) == entries(again)
+    assert not same(first, run(tmp_path / "c", config(seed=6)))
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    run(tmp_path, config(epochs=1, steps_per_epoch=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("at", [4, 6, 7])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
+    """Nine steps of three to an epoch, stopped within and at the end of an epoch."""
+    setup = config(epochs=3)
+    whole = run(tmp_path / "whole", setup)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", setup, progress=Interrupt(at))
+    notes = Notes()
+    resumed = run(tmp_path / "broken", setup, resume=True, progress=notes)
+    assert same(whole, resumed)
+    assert entries(whole) == entries(resumed)
+    first = (at - 1) // 3 * 3
+    assert notes.said == [("pretrain", 9, "steps"), first, *[1] * (9 - first), "finished"]
+
+
+def test_an_epoch_whose_checkpoint_was_not_written_is_recorded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = config()
+    whole = run(tmp_path / "whole", setup)
+
+    save = checkpoint.save
+
+    def killed(*arguments: Any) -> None:
+        if arguments[3] == 6:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", setup)
+    assert entries(run(tmp_path / "broken", setup, resume=True)) == entries(whole)
+
+
+def test_resuming_a_finished_run_returns_its_product(tmp_path: Path) -> None:
+    whole = run(tmp_path, config())
+    assert same(whole, run(tmp_path, config(), resume=True))
+    assert len(entries(whole)) == 2
+
+
+def test_resuming_another_configuration_or_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint"):
+        run(tmp_path, config(), resume=True)
+    run(tmp_path, config(epochs=1))
+    with pytest.raises(UsageError, match="another configuration"):
+        run(tmp_path, config(epochs=2), resume=True)
+
+
+def test_a_fresh_run_forgets_the_checkpoint_before_it(tmp_path: Path) -> None:
+    run(tmp_path, config(epochs=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, config(epochs=1), progress=Interrupt(1))
+    with pytest.raises(UsageError, match="no checkpoint"):
+        run(tmp_path, config(epochs=1), resume=True)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    real = trainer.joint_loss
+
+    def broken(outputs: Any, batch: Any, network: Any, setup: Any, step: int) -> Any:
+        losses = real(outputs, batch, network, setup, step)
+        return replace(losses, total=losses.total * float(value)) if step == 4 else losses
+
+    monkeypatch.setattr(trainer, "joint_loss", broken)
+    with pytest.raises(TrainingDiverged, match="step 4") as diverged:
+        run(tmp_path, config())
+    assert "learning_rate" in diverged.value.next_step
+    monkeypatch.undo()
+    assert len(entries(run(tmp_path, config(), resume=True))) == 2  # the checkpoint before it is sound
+
+
+def test_collapsing_embeddings_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.joint_loss
+
+    def flat(outputs: Any, *rest: Any) -> Any:
+        return real({**outputs, "embedding": outputs["embedding"] * 0}, *rest)
+
+    monkeypatch.setattr(trainer, "joint_loss", flat)
+    with pytest.warns(RuntimeWarning, match="collapsing"):
+        run(tmp_path, config(epochs=1))
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """The plainest task: three scans, no augmentation of contrast, forty steps."""
+    plain = replace(config().augmentation, curve_probability=0.0, bias=0.0, noise=0.0)
+    setup = config(epochs=4, steps_per_epoch=10, augmentation=plain, descriptor_weight=0.0, learning_rate=1e-2)
+    losses = [entry["loss"] for entry in entries(run(tmp_path, setup))]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_metrics_hold_means_of_every_epoch(tmp_path: Path) -> None:
+    read = entries(run(tmp_path, config()))
+    assert [(entry["epoch"], entry["step"]) for entry in read] == [(1, 3), (2, 6)]
+    for entry in read:
+        total = entry["distance"] + entry["coordinate"] + config().descriptor_weight * entry["descriptor"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+        assert entry["rankme"] >= 1
+
+
+def test_figures_that_do_not_exist_are_null(tmp_path: Path) -> None:
+    alone = config(
+        view_vox=32,
+        views_per_crop=1,
+        descriptor_weight=0.0,
+        coordinate_weight=0.0,
+        batch_scans=3,
+        pairs="all",
+        epochs=1,
+    )
+    assert entries(run(tmp_path, alone))[0]["distance_error_mm"] is None
+
+
+def test_an_epoch_shows_every_scan_unless_told_otherwise(tmp_path: Path) -> None:
+    notes = Notes()
+    run(tmp_path, config(epochs=1, steps_per_epoch=0), progress=notes)
+    assert notes.said[0] == ("pretrain", 2, "steps")  # three scans, two at a time
+
+
+class Recorded(torch.optim.AdamW):
+    """AdamW that tells what it was told."""
+
+    made: dict[str, Any]
+    rates: list[float]
+
+    def __init__(self, parameters: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(parameters, *arguments, **options)
+        Recorded.made, Recorded.rates = dict(self.defaults), []
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        Recorded.rates.append(self.param_groups[0]["lr"])
+        return super().step(*arguments, **options)
+
+
+def recorded(directory: Path, setup: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Recorded)
+        run(directory, setup)
+    return Recorded.rates
+
+
+def test_the_papers_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW with PyTorch's own betas, 1e-3, times 0.9 after every epoch, no warm-up (a small network stands in)."""
+    paper = pretrain_config("paper")
+    small = replace(
+        paper, network="valid", width=2, embedding_dim=4, batch_scans=3, crops_per_scan=2, epochs=3, steps_per_epoch=2
+    )
+    rates = recorded(tmp_path, small, monkeypatch)
+    assert rates == pytest.approx([1e-3, 1e-3, 9e-4, 9e-4, 8.1e-4, 8.1e-4])
+    assert Recorded.made["betas"] == (0.9, 0.999)
+    assert Recorded.made["weight_decay"] == 1e-2
+
+
+def test_the_default_schedule_warms_up_and_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = recorded(tmp_path, config(epochs=3, warmup_steps=3, learning_rate=1e-2), monkeypatch)
+    assert rates[0] < rates[1] < rates[2] <= 1e-2
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 2e-3
+
+
+def test_an_encoder_has_the_outputs_that_it_was_trained_for() -> None:
+    whole = new_card(config(), "a", "tiny")
+    assert (dict(whole.outputs), whole.match_output, whole.metric) == (
+        {"embedding": 4, "position": 3, "descriptor": 4},
+        "descriptor",
+        "cosine",
+    )
+    plain = new_card(config(descriptor_weight=0.0, coordinate_weight=0.0), "a", "tiny")
+    assert (dict(plain.outputs), plain.match_output, plain.metric) == ({"embedding": 4}, "embedding", "l2")
+    assert dict(new_card(pretrain_config("paper"), "a", "paper").outputs) == {"embedding": 1024}
+
+
+def test_the_product_can_be_kept_and_loaded(tmp_path: Path) -> None:
+    trained = run(tmp_path, config(epochs=1))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    card = write_encoder(kept, trained.card, trained.state)
+    loaded = load_encoder(kept, "cpu")
+    assert loaded.card == card
+    assert card.training["seed"] == 5
+    for name, tensor in loaded.network.state_dict().items():
+        assert torch.equal(tensor, trained.state[name])

@@ -1,0 +1,167 @@
+"""Views: coordinates exact under any pose and at borders, never mirrored, and contrast that leaves geometry alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from affines import affines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pretraining import STILL
+from scipy.ndimage import map_coordinates
+
+from isimed_index.config import Augmentation
+from isimed_index.pretrain.views import WorkingVolume, cut, random_pose, recolour, view_affine
+from isimed_index.space import Affine, apply_affine
+
+SHAPE = (48, 40, 44)
+HALF = 2e-3  # float16 near 1 rounds to 5e-4; interpolation adds a little
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def working(values: np.ndarray, affine: Affine, background: float) -> WorkingVolume:
+    return WorkingVolume(torch.from_numpy(values).half(), affine, background, np.zeros((1, 3), np.int16))
+
+
+def view_places(centre: np.ndarray, pose: np.ndarray, side: int) -> np.ndarray:
+    """Voxels (side, side, side, 3) of the volume that the view's voxels lie on."""
+    return apply_affine(view_affine(centre, pose, side), np.moveaxis(np.indices((side,) * 3), 0, -1))
+
+
+poses = st.integers(0, 10**6).map(
+    lambda seed: random_pose(np.random.default_rng(seed), Augmentation(rotation_deg=40.0, scale=0.3))
+)
+
+
+def test_the_view_is_centred() -> None:
+    pose = random_pose(np.random.default_rng(0), Augmentation())
+    middle = apply_affine(view_affine(np.array([3.0, 4.0, 5.5]), pose, 36), [17.5, 17.5, 17.5])
+    np.testing.assert_allclose(middle, [3.0, 4.0, 5.5])
+
+
+@settings(max_examples=25)
+@given(affine=affines(shear=0.3), pose=poses, seed=st.integers(0, 999))
+def test_a_voxel_of_a_view_lies_where_its_affine_says(affine: Affine, pose: np.ndarray, seed: int) -> None:
+    """The volume shows one RAS coordinate of itself, so that every view voxel tells its own place in millimetres."""
+    centre = np.random.default_rng(seed).uniform(14, 26, 3)
+    mm = apply_affine(affine, np.moveaxis(np.indices(SHAPE), 0, -1))
+    to_mm = affine @ view_affine(centre, pose, 12)
+    for axis in range(3):
+        low, span = mm[..., axis].min(), np.ptp(mm[..., axis])
+        shown = cut(working(((mm[..., axis] - low) / span).astype(np.float32), affine, 0.0), centre, pose, 12)
+        expected = (apply_affine(to_mm, np.moveaxis(np.indices((12,) * 3), 0, -1))[..., axis] - low) / span
+        np.testing.assert_allclose(shown, expected, atol=HALF)
+
+
+@settings(max_examples=25)
+@given(pose=poses, seed=st.integers(0, 999), spread=st.sampled_from([0, 20, 60]))
+def test_beyond_the_border_lies_background(pose: np.ndarray, seed: int, spread: int) -> None:
+    """Any centre, also far outside: SciPy's interpolation of a generously padded volume is the oracle."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1, 1, (14, 11, 12)).astype(np.float32)
+    made = working(values, np.eye(4), -1.25)
+    centre = rng.uniform(-spread, np.array(values.shape) - 1 + spread)
+    padded = np.pad(made.values.float().numpy(), 4, constant_values=-1.25)
+    at = np.moveaxis(view_places(centre, pose, 10), -1, 0) + 4
+    expected = map_coordinates(padded, at, order=1, mode="constant", cval=-1.25)
+    np.testing.assert_allclose(cut(made, centre, pose, 10), expected, atol=1e-4)
+
+
+def test_a_still_view_on_whole_voxels_is_a_block_of_the_volume() -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
+    made = working(values, np.eye(4), -1.0)
+    shown = cut(made, np.array([20.5, 18.5, 19.5]), np.eye(3), 32)
+    np.testing.assert_allclose(shown, made.values.float()[5:37, 3:35, 4:36], atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), degrees=st.floats(0, 180), scale=st.floats(0, 0.5))
+def test_no_view_is_mirrored(seed: int, degrees: float, scale: float) -> None:
+    pose = random_pose(np.random.default_rng(seed), Augmentation(rotation_deg=degrees, scale=scale))
+    size = np.cbrt(np.linalg.det(pose))
+    assert np.exp(-scale) - 1e-9 <= size <= np.exp(scale) + 1e-9
+    np.testing.assert_allclose(pose @ pose.T, size**2 * np.eye(3), atol=1e-9)
+
+
+def test_rotations_stay_within_their_bound() -> None:
+    rng = np.random.default_rng(0)
+    turns = [random_pose(rng, Augmentation(rotation_deg=10.0, scale=0.0)) for _ in range(200)]
+    angles = [np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))) for turn in turns]
+    assert 8 < max(angles) < 10 * np.sqrt(3) + 1
+
+
+# -- contrast -------------------------------------------------------------------------------------------------------
+
+
+def ramp() -> torch.Tensor:
+    return torch.linspace(-1, 1, 8**3).reshape(8, 8, 8)
+
+
+def only(**kept: float) -> Augmentation:
+    return Augmentation(**{"curve_probability": 0.0, "bias": 0.0, "noise": 0.0, **kept})
+
+
+def test_a_still_augmentation_changes_nothing() -> None:
+    torch.testing.assert_close(recolour(ramp(), np.random.default_rng(0), STILL), ramp(), rtol=0, atol=0)
+
+
+def test_the_same_generator_draws_the_same_colours() -> None:
+    looks = [recolour(ramp(), np.random.default_rng(seed), Augmentation()) for seed in (1, 1, 2)]
+    assert torch.equal(looks[0], looks[1])
+    assert not torch.equal(looks[0], looks[2])
+
+
+def test_a_curve_is_a_function_of_the_value_alone() -> None:
+    values = ramp().repeat(2, 1, 1)
+    for seed in range(10):
+        seen = recolour(values, np.random.default_rng(seed), only(curve_probability=1.0))
+        assert torch.equal(seen[:8], seen[8:])
+
+
+def test_monotone_curves_keep_the_order_and_the_range() -> None:
+    curves = only(curve_probability=1.0, arbitrary_curve_probability=0.0, invert_probability=0.0)
+    for seed in range(10):
+        seen = recolour(ramp(), np.random.default_rng(seed), curves).flatten()
+        assert (seen.diff() >= -1e-6).all()
+        assert float(seen[0]) == pytest.approx(-1, abs=1e-3)
+        assert float(seen[-1]) == pytest.approx(1, abs=1e-3)
+
+
+def test_inverted_curves_turn_tissue_over_and_leave_air_dark() -> None:
+    curves = only(curve_probability=1.0, arbitrary_curve_probability=0.0, invert_probability=1.0)
+    for seed in range(10):
+        seen = recolour(ramp(), np.random.default_rng(seed), curves).flatten()
+        assert float(seen[0]) == pytest.approx(-1, abs=1e-3)
+        tissue = seen[len(seen) // 7 + 1 :]
+        assert (tissue.diff() <= 1e-6).all()
+
+
+def test_probabilities_are_those_of_all_views() -> None:
+    """`arbitrary_…` and `invert_…` are shares of the curves, so both are rarer among the views."""
+    rng = np.random.default_rng(0)
+    curves = only(curve_probability=0.5, arbitrary_curve_probability=0.0, invert_probability=0.4)
+    looks = [recolour(ramp(), rng, curves).flatten() for _ in range(400)]
+    changed = [look for look in looks if not torch.equal(look, ramp().flatten())]
+    inverted = [look for look in changed if look[-1] < look[len(look) // 2]]
+    assert len(changed) / 400 == pytest.approx(0.5, abs=0.08)
+    assert len(inverted) / len(changed) == pytest.approx(0.4, abs=0.1)
+
+
+def test_shading_is_smooth_and_keeps_air_dark() -> None:
+    flat = torch.zeros(24, 24, 24)
+    seen = recolour(flat, np.random.default_rng(0), only(bias=0.3))
+    assert float(seen.std()) > 0.02
+    assert float(seen.diff(dim=0).abs().max()) < 0.15
+    torch.testing.assert_close(recolour(flat - 1, np.random.default_rng(0), only(bias=0.3)), flat - 1)
+
+
+def test_noise_stays_below_its_bound() -> None:
+    flat = torch.zeros(16, 16, 16)
+    rng = np.random.default_rng(0)
+    spreads = [float(recolour(flat, rng, only(noise=0.2)).std()) for _ in range(40)]
+    assert 0.15 < max(spreads) < 0.21
+    assert min(spreads) < 0.05

@@ -1,0 +1,145 @@
+"""Configurations: precedence, refusals, and the numbers of the paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from isimed_index.config import Preset, PretrainConfig, from_mapping, pretrain_config
+from isimed_index.errors import ConfigError
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_every_preset_resolves(preset: str) -> None:
+    assert pretrain_config(preset).method == "isimed"
+
+
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
+    file = toml(tmp_path, "epochs = 7\nwidth = 5\n[augmentation]\nnoise = 0.5\n")
+    preset = pretrain_config("tiny")
+    assert {preset.epochs, preset.width}.isdisjoint({3, 5, 7})
+    config = pretrain_config("tiny", file, {"epochs": 3, "seed": None})
+    assert config == replace(preset, epochs=3, width=5, augmentation=replace(preset.augmentation, noise=0.5))
+
+
+def test_a_file_changes_single_augmentations_of_a_preset(tmp_path: Path) -> None:
+    config = pretrain_config("paper", toml(tmp_path, "[augmentation]\nnoise = 1\n"))
+    assert (config.augmentation.noise, config.augmentation.bias, config.augmentation.rotation_deg) == (1.0, 0.0, 0.0)
+
+
+def test_the_paper_preset_has_the_papers_numbers() -> None:
+    """ISImed §2: DenseNet121, 1024-d, 64 scans × 16 patches of 32³, AdamW 1e-3, decay 0.9, 50 epochs, full matrix."""
+    config = pretrain_config("paper")
+    assert (config.network, config.embedding_dim, config.view_vox) == ("densenet121", 1024, 32)
+    assert (config.batch_scans, config.crops_per_scan * config.views_per_crop) == (64, 16)
+    assert config.patches_per_scan >= 16
+    assert (config.learning_rate, config.weight_decay, config.schedule, config.decay) == (
+        1e-3,
+        1e-2,
+        "exponential",
+        0.9,
+    )
+    assert (config.epochs, config.warmup_steps, config.clip_norm) == (50, 0, 0.0)
+    assert (config.pairs, config.near_mm, config.unit_mm, config.distance_weight) == ("all", 0.0, 1.0, 1.0)
+    assert (config.coordinate_weight, config.descriptor_weight) == (0.0, 0.0)
+    a = config.augmentation
+    assert (a.rotation_deg, a.scale, a.curve_probability, a.bias, a.noise) == (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epoch = 3", "epoch"),
+        ("[augmentation]\nflip = 0.5", "augmentation.flip"),
+        ("augmentation = 3", "augmentation"),
+        ("epochs = 3.0", "epochs"),
+        ("epochs = true", "epochs"),
+        ("learning_rate = true", "learning_rate"),
+        ("learning_rate = '1e-3'", "learning_rate"),
+        ("method = 'simsiam'", "method"),
+        ("network = ['valid']", "network"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        pretrain_config("default", toml(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 0},
+        {"width": 0},
+        {"descriptor_dim": 0},
+        {"batch_scans": -1},
+        {"steps_per_epoch": -1},
+        {"warmup_steps": -1},
+        {"seed": -1},
+        {"views_per_crop": 3},
+        {"view_vox": 54},
+        {"view_vox": 28},
+        {"view_vox": 32},
+        {"views_per_crop": 1},
+        {"network": "densenet121"},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"spacing_mm": -2.0},
+        {"temperature": 0.0},
+        {"decay": 0.0},
+        {"decay": math.nan},
+        {"distance_weight": math.nan},
+        {"distance_weight": -1.0},
+        {"coordinate_weight": -1.0},
+        {"descriptor_weight": -1.0},
+        {"near_mm": -1.0},
+        {"ignore_mm": -1.0},
+        {"clip_norm": -1.0},
+        {"weight_decay": -1e-4},
+        {"cache_gib": -1.0},
+        {"distance_weight": 0.0, "coordinate_weight": 0.0, "descriptor_weight": 0.0},
+        {"augmentation": {"noise": -0.1}},
+        {"augmentation": {"rotation_deg": math.inf}},
+        {"augmentation": {"curve_probability": 1.5}},
+        {"augmentation": {"invert_probability": -0.5}},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        from_mapping(PretrainConfig, values)
+
+
+def test_a_whole_number_may_stand_for_a_real_one() -> None:
+    config = from_mapping(PretrainConfig, {"spacing_mm": 3})
+    assert config.spacing_mm == 3.0
+    assert isinstance(config.spacing_mm, float)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="paper, default, tiny"):
+        pretrain_config("huge")
+
+
+@pytest.mark.parametrize("content", [b"epochs = ", b"# caf\xe9\nepochs = 3\n"], ids=["syntax", "not UTF-8"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        pretrain_config("default", file)
+
+
+def test_a_missing_file_is_refused_by_its_base_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.toml") as refused:
+        pretrain_config("default", tmp_path / "mine.toml")
+    assert tmp_path.name not in str(refused.value)

@@ -1,0 +1,250 @@
+"""Encoding: which patches, what is staged, what a damaged scan or a missing device does, and the same on processes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from isimed_index import encode
+from isimed_index.config import PretrainConfig
+from isimed_index.encode import (
+    MIN_FOREGROUND,
+    EncodeTask,
+    encode_groups,
+    encode_scan,
+    encode_volume,
+    grid_key,
+    prepared,
+    stride_in_voxels,
+    task_key,
+    volume_lattice,
+)
+from isimed_index.encoders.networks import build_network
+from isimed_index.encoders.runtime import write_encoder
+from isimed_index.errors import StoreDamaged, UsageError
+from isimed_index.lattice import FILE, Standard
+from isimed_index.pretrain.trainer import new_card
+from isimed_index.scans.chunks import write_chunks
+from isimed_index.scans.prepare import Volume
+from isimed_index.scans.scan import Scan
+from isimed_index.space import apply_affine
+from isimed_index.testing.encoder import ToyEncoder
+
+AFFINE = np.array([[0.0, 0.0, 2.0, -30.0], [2.0, 0.0, 0.0, 5.0], [0.0, 2.0, 0.0, 7.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def ball(shape: tuple[int, int, int] = (24, 20, 28), radius: float = 9.0) -> np.ndarray:
+    """A textured ball in air."""
+    at = np.indices(shape) - (np.array(shape)[:, None, None, None] - 1) / 2
+    inside = np.sqrt((at**2).sum(axis=0)) < radius
+    noise = np.random.default_rng(2).uniform(60, 100, shape)
+    return (inside * noise).astype(np.float32)
+
+
+def tasks(root: Path, count: int) -> list[EncodeTask]:
+    """Scans on disk, one small encoder, and an empty folder for each segment."""
+    encoder = root / "encoder"
+    encoder.mkdir()
+    torch.manual_seed(0)
+    card = new_card(PretrainConfig(width=2, embedding_dim=4, descriptor_dim=5), "test", "tiny")
+    card = write_encoder(encoder, card, build_network(card.factory, card.outputs, card.network).state_dict())
+    made = []
+    for number in range(count):
+        head = ball((36, 34, 38), 15.0)  # fills a fifth of a patch of 32
+        scan = Scan(f"s{number}", (head * (number + 1)).astype(np.int16), AFFINE)
+        chunks, segment = root / f"{number}.zarr", root / f"segment-{number}"
+        write_chunks(scan, None, chunks)
+        segment.mkdir()
+        key = task_key(scan.digest, card, 8)
+        made.append(EncodeTask(key, scan.id, str(chunks), str(encoder), str(segment), 8, "cpu"))
+    return made
+
+
+# -- lattice and names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stride_mm", "expected"), [(None, 4), (2.0, 1), (8.0, 4), (24.0, 12), (8.0 + 1e-9, 4)])
+def test_a_stride_in_voxels(stride_mm: float | None, expected: int) -> None:
+    assert stride_in_voxels(ToyEncoder().card, stride_mm) == expected
+
+
+@pytest.mark.parametrize("stride_mm", [3.0, 0.0, -8.0, 0.5, 1e-9, math.nan, math.inf])
+def test_a_stride_that_is_no_whole_number_of_voxels_is_refused(stride_mm: float) -> None:
+    with pytest.raises(UsageError, match="multiple of the encoder's spacing 2 mm") as refused:
+        stride_in_voxels(ToyEncoder().card, stride_mm)
+    assert "--stride 8" in refused.value.next_step
+
+
+def test_a_task_is_named_by_scan_encoder_and_lattice() -> None:
+    card = ToyEncoder().card
+    keys = {
+        task_key("a", card, 4),
+        task_key("b", card, 4),
+        task_key("a", card, 8),
+        task_key("a", replace(card, patch_vox=9), 4),
+    }
+    assert len(keys) == 4
+    assert task_key("a", replace(card, name="other"), 4) in keys
+    assert grid_key(card, 4) == "patch8-stride4-spacing2mm-fg0.15"
+
+
+# -- one volume -----------------------------------------------------------------------------------------------------
+
+
+def test_only_patches_with_foreground_are_encoded_and_every_one_of_them() -> None:
+    encoder = ToyEncoder()
+    volume = prepared(ball(), AFFINE, encoder.card)
+    grid, numbers, vectors, share = encode_volume(encoder, volume, 4)
+    truth = [
+        np.pad(volume.foreground, 8)[tuple(slice(s + 8, s + 16) for s in start)].mean() for start in grid.starts_vox()
+    ]
+    assert numbers.tolist() == [n for n, part in enumerate(truth) if part >= MIN_FOREGROUND]
+    assert 0 < len(numbers) < len(grid)
+    np.testing.assert_allclose(share, np.array(truth)[numbers], atol=1e-6)
+    expected = encoder.encode(grid.extract(volume.values, numbers, volume.background))
+    np.testing.assert_allclose(vectors["descriptor"], expected["descriptor"])
+
+
+def test_the_working_volume_has_the_encoders_spacing_and_scaling() -> None:
+    card = ToyEncoder(spacing_mm=4.0).card
+    volume = prepared(ball(), AFFINE, card)
+    assert volume.values.shape == (12, 10, 14)
+    np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), 4)
+    assert np.abs(volume.values).max() <= card.intensity.clip
+
+
+def test_a_volume_without_foreground_has_no_patches() -> None:
+    empty = Volume(np.zeros((20, 20, 20), np.float32), np.eye(4), 0.0, np.zeros((20, 20, 20), bool))
+    _, numbers, vectors, share = encode_volume(ToyEncoder(), empty, 4)
+    assert (len(numbers), len(share), vectors["descriptor"].shape) == (0, 0, (0, 8))
+
+
+def test_a_lattice_of_a_volume_that_is_not_stored() -> None:
+    encoder = ToyEncoder()
+    volume = prepared(ball(), AFFINE, encoder.card)
+    grid, numbers, vectors, _ = encode_volume(encoder, volume, 4)
+    standard = Standard.of("l2", vectors["descriptor"])
+    places, unit = volume_lattice(encoder, volume, 4, standard).stored()
+    np.testing.assert_allclose(places, grid.centres_mm(numbers), atol=1e-9)
+    np.testing.assert_allclose(unit, standard.unit(vectors["descriptor"]))
+
+
+# -- one task -------------------------------------------------------------------------------------------------------
+
+
+def test_a_staged_segment_holds_patches_vectors_and_geometry(tmp_path: Path) -> None:
+    task = tasks(tmp_path, 1)[0]
+    done = encode_scan(task)
+    assert done.error is None
+    assert done.task == task
+    staged = Path(task.segment)
+    table = pq.read_table(staged / "patches.parquet")
+    assert done.fields["rows"] == table.num_rows > 0
+    assert done.fields["task"] == task.key
+    assert done.fields["grid"] == "patch32-stride8-spacing2mm-fg0.15"
+    assert set(table.column("scan").to_pylist()) == {"s0"}
+    dtypes = {name: np.load(staged / f"{name}.npy").dtype.name for name in done.fields["outputs"]}
+    assert dtypes == {"embedding": "float16", "position": "float32", "descriptor": "float16"}
+    affine = np.array(json.loads((staged / FILE).read_text())["affine"])
+    ijk = np.stack([table.column(axis).to_numpy() for axis in "ijk"], axis=1)
+    mm = np.stack([table.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1)
+    np.testing.assert_allclose(apply_affine(affine, ijk), mm, atol=1e-4)
+
+
+def test_a_damaged_scan_is_reported_not_raised(tmp_path: Path) -> None:
+    task = tasks(tmp_path, 1)[0]
+    chunk = max((path for path in Path(task.chunks).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    chunk.write_bytes(chunk.read_bytes()[:-40])
+    done = encode_scan(task)
+    assert isinstance(done.error, StoreDamaged)
+    assert done.fields == {}
+    missing = encode_scan(replace(task, chunks=str(tmp_path / "gone.zarr")))
+    assert isinstance(missing.error, StoreDamaged)
+
+
+def test_a_damaged_encoder_or_a_missing_device_concerns_every_scan_and_is_raised(tmp_path: Path) -> None:
+    task = tasks(tmp_path, 1)[0]
+    with pytest.raises(UsageError, match="device"):
+        encode_scan(replace(task, device="tpu"))
+    (Path(task.encoder) / "weights.safetensors").unlink()
+    with pytest.raises(StoreDamaged):
+        encode_scan(task)
+
+
+# -- many tasks -----------------------------------------------------------------------------------------------------
+
+
+def vectors_of(task: EncodeTask) -> np.ndarray:
+    return np.load(Path(task.segment) / "descriptor.npy")
+
+
+def test_groups_are_encoded_one_after_another(tmp_path: Path) -> None:
+    made = tasks(tmp_path, 3)
+    asked: list[int] = []
+
+    def groups():
+        for group in (made[:2], made[2:]):
+            asked.append(len(group))
+            yield group
+
+    results = encode_groups(groups())
+    first = next(results)
+    assert asked == [2]  # the second group is asked for when the first has been committed
+    assert [done.task.scan for done in first] == ["s0", "s1"]
+    assert [done.task.scan for done in next(results)] == ["s2"]
+    assert next(results, None) is None
+
+
+def test_a_damaged_scan_does_not_stop_its_group(tmp_path: Path) -> None:
+    made = tasks(tmp_path, 2)
+    broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"))
+    results = next(encode_groups(iter([[broken, made[1]]])))
+    assert [type(done.error) for done in results] == [StoreDamaged, type(None)]
+    assert len(vectors_of(made[1]))
+
+
+def test_two_segments_of_one_content_are_both_written(tmp_path: Path) -> None:
+    """Copies of a scan have the same task key; each result must still be about its own segment."""
+    task, other = tasks(tmp_path, 2)
+    twin = replace(task, scan="copy", segment=other.segment)
+    results = next(encode_groups(iter([[task, twin]])))
+    assert [done.task for done in results] == [task, twin]
+    np.testing.assert_array_equal(vectors_of(task), vectors_of(twin))
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    with pytest.raises(UsageError, match="threads, processes or an address"):
+        next(encode_groups(iter([[]]), "cluster"))
+
+
+def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_CONNECT_S", 0.3)
+    for address in ("tcp://127.0.0.1:1", "nonsense://x:1"):
+        with pytest.raises(UsageError, match="no Dask scheduler"):
+            next(encode_groups(iter([[]]), address))
+
+
+def test_processes_give_what_threads_give(tmp_path: Path) -> None:
+    made = tasks(tmp_path, 1)
+    list(encode_groups(iter([made])))
+    elsewhere = tmp_path / "again"
+    elsewhere.mkdir()
+    again = replace(made[0], segment=str(elsewhere))
+    broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"), segment=str(tmp_path))
+    results = next(encode_groups(iter([[again, broken]]), "processes"))
+    assert [type(done.error) for done in results] == [type(None), StoreDamaged]
+    assert results[1].error is not None
+    assert results[1].error.next_step == "isimed check"
+    np.testing.assert_array_equal(vectors_of(made[0]), vectors_of(again))

@@ -1,0 +1,97 @@
+"""The public names and signatures, pinned: a change here is a change for users."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+from cohorts import COPIES, Cohort
+
+import isimed_index
+from isimed_index.api import Store
+
+SIGNATURES = {
+    "add": "paths, labels=None, label_names=None, metadata=None, subject_from=None, spacing_mm=None, workers=1, "
+    "progress=None",
+    "pretrain": "method='isimed', preset='default', config=None, epochs=None, batch_scans=None, "
+    "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None",
+    "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
+    "max_ram=None, progress=None",
+    "lookup": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', cycle=False, "
+    "exact=False, encoder=None",
+    "search_patches": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', "
+    "cycle=False, exact=False, encoder=None",
+    "sql": "query, params=None, timeout_s=30.0",
+    "scans": "",
+    "encoders": "",
+    "log": "",
+    "info": "",
+    "evaluate": "encoder=None, where=None, label_where=None, pairs=60, seed=0, progress=None",
+    "plot": "figure, out, encoder=None, point=None, scan=None, space='ras', k=3, where=None, seed=0",
+    "refresh": "",
+}
+PROPERTIES = {"path", "generation", "snapshot"}
+
+
+def signature(function) -> str:
+    parameters = list(inspect.signature(function).parameters.values())
+    return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters if p.name != "self")
+
+
+def test_exported_names():
+    names = ["EncoderCard", "IsimedError", "Matches", "PatchGrid", "Scan", "Store", "create", "open"]
+    assert isimed_index.__all__ == names
+    assert dir(isimed_index) == sorted([*names, "__version__"])
+    for name in names:
+        assert getattr(isimed_index, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = isimed_index.no_such_name
+
+
+def test_open_and_create():
+    assert signature(isimed_index.open) == "path, mode='a', generation=None"
+    assert signature(isimed_index.create) == "path"
+
+
+def test_store_methods_and_signatures():
+    public = {name: member for name, member in vars(Store).items() if not name.startswith("_")}
+    assert {name for name, member in public.items() if isinstance(member, property)} == PROPERTIES
+    assert {name: signature(public[name]) for name in public.keys() - PROPERTIES} == SIGNATURES
+    assert all(member.__doc__ for member in public.values())
+
+
+def modules_of(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `code`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}})"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"torch", "monai", "scipy", "pandas", "nibabel", "zarr", "dask", "distributed", "duckdb", "pyarrow", "faiss"}
+HEAVY |= {"matplotlib", "sklearn", "umap", "nilearn"}
+
+
+def test_importing_loads_no_heavy_package():
+    assert not modules_of("import isimed_index; dir(isimed_index)") & (HEAVY | {"numpy"})
+    assert not modules_of("import isimed_index; isimed_index.open; isimed_index.Matches") & HEAVY
+
+
+@pytest.mark.parametrize("more", ["", "'--patches',"])
+def test_a_query_of_a_stored_scan_loads_neither_torch_nor_monai(cohort: Cohort, more: str):
+    loaded = modules_of(
+        "from isimed_cli.main import main\n"
+        f"code = main(['query', '--point', '10,20,30', '--scan', {COPIES[0].stem!r}, '-s', {str(cohort.store)!r},"
+        f" {more} '--cycle' if not {bool(more)} else '-q'])\n"
+        "assert code == 0, code"
+    )
+    assert not loaded & {"torch", "monai", "dask", "distributed", "matplotlib"}
+    assert "duckdb" in loaded

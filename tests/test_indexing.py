@@ -1,0 +1,168 @@
+"""`index`: only what is new is encoded, every scan gets a chart, and the index covers all that is encoded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
+
+import isimed_index as isi
+from isimed_index import indexing
+from isimed_index.api import Store
+from isimed_index.errors import NotFound, UsageError
+from isimed_index.frame import read_frame
+
+
+@pytest.fixture
+def store(cohort: Cohort, tmp_path: Path) -> Store:
+    """A copy of the indexed cohort that may be written to."""
+    return isi.open(shutil.copytree(cohort.store, tmp_path / "store"))
+
+
+def charts(store: Store) -> dict[str, bytes]:
+    card = store.sql("SELECT encoder FROM encoders").column("encoder")[0].as_py()
+    path = store.snapshot.frame_path(card)
+    assert path is not None
+    return {scan: chart.affine.tobytes() for scan, chart in read_frame(path).charts.items()}
+
+
+def small(folder: Path, name: str = "small") -> Path:
+    """A specimen far smaller than a patch."""
+    voxels = np.random.default_rng(0).integers(0, 900, (6, 6, 6)).astype(np.int16)
+    return write_nifti(folder / f"{name}.nii.gz", voxels, np.diag([4.0, 4.0, 4.0, 1.0]))
+
+
+def test_a_rerun_changes_nothing(store: Store):
+    before = store.generation
+    report = store.index()
+    assert (report.encoded, report.refused) == ([], [])
+    assert sorted(report.skipped) == sorted(copy.stem for copy in (*COPIES, CROPPED))
+    assert (report.recall_at_10, report.index_kind) == (1.0, "Flat")
+    assert report.patches == store.info()["patches"]
+    assert store.generation == before
+
+
+def test_one_more_scan_extends_the_frame_and_the_index(store: Store, tmp_path: Path):
+    old, segments = charts(store), [segment.path for segment in store.snapshot.segments()]
+    new = Copy("sub-09_T1w", "IRP", rigid((4, 3, -5), (9, 9, 9)))
+    store.add(write_copy(tmp_path / "new", new, head()))
+    report = store.index()
+    assert report.encoded == ["sub-09_T1w"]
+    assert len(report.skipped) == 6
+    after = charts(store)
+    assert {scan: after[scan] for scan in old} == old
+    assert [segment.path for segment in store.snapshot.segments()][:6] == segments
+    assert store.info()["indexes"][0]["rows"] == report.patches
+    found = store.lookup(new.moved([10, 20, 30]), new.stem, where="scan = 'sub-02_T1w'")[0]
+    np.testing.assert_allclose(found.xyz_mm, COPIES[2].moved([10, 20, 30]), atol=1.0)
+
+
+def test_where_chooses_scans_and_many_new_ones_refit_the_frame(cohort: Cohort, tmp_path: Path):
+    store = isi.create(tmp_path / "store")
+    store.add(cohort.images, labels="{stem}_seg.nii.gz")
+    add_random_encoder(store.path)
+    first = store.index(where="subject = 'sub-01'")
+    assert sorted(first.encoded) == [COPIES[0].stem, COPIES[1].stem]
+    before = charts(store)
+    assert sorted(before) == first.encoded
+    rest = store.index()
+    assert sorted(rest.skipped) == first.encoded
+    assert len(rest.encoded) == 4
+    assert len(charts(store)) == 6
+    assert charts(store)[COPIES[0].stem] != before[COPIES[0].stem]
+
+
+def test_a_finer_stride_is_encoded_anew_and_answers_from_then_on(store: Store):
+    with pytest.raises(UsageError, match="multiple of the encoder's spacing"):
+        store.index(stride_mm=5.0)
+    coarse = store.snapshot.newest_segments(store.snapshot.segments()[0].encoder)
+    report = store.index(stride_mm=8.0, where="scan IN ('sub-02_T1w', 'sub-03_T1w')")
+    assert sorted(report.encoded) == ["sub-02_T1w", "sub-03_T1w"]
+    fine = store.snapshot.newest_segments(store.snapshot.segments()[0].encoder)
+    assert fine["sub-02_T1w"].rows > 6 * coarse["sub-02_T1w"].rows
+    assert fine["sub-04_T1w"].path == coarse["sub-04_T1w"].path
+    found = store.lookup(COPIES[2].moved([10, 20, 30]), "sub-02_T1w", where="scan = 'sub-03_T1w'")[0]
+    np.testing.assert_allclose(found.xyz_mm, COPIES[3].moved([10, 20, 30]), atol=0.01)
+
+
+def test_a_scan_without_a_single_patch_is_refused_and_the_rest_lands(store: Store, tmp_path: Path):
+    store.add(small(tmp_path))
+    report = store.index()
+    assert [refusal.name for refusal in report.refused] == ["small"]
+    assert len(report.skipped) == 6
+    assert len(store.snapshot.segments()) == 6
+    assert len([*(store.path / "segments").iterdir()]) == 6
+
+
+def test_when_nothing_can_be_indexed(tmp_path: Path):
+    store = isi.create(tmp_path / "store")
+    with pytest.raises(NotFound, match="no encoder"):
+        store.index()
+    add_random_encoder(store.path)
+    with pytest.raises(NotFound, match="no scan to index"):
+        store.index()
+    store.add([small(tmp_path)])
+    report = store.index()
+    assert (report.patches, len(report.refused)) == (0, 1)
+    with pytest.raises(NotFound):
+        store.index(where="false")
+
+
+def test_a_damaged_scan_is_refused_alone(cohort: Cohort, tmp_path: Path):
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(copy) for copy in COPIES[:3]])
+    add_random_encoder(store.path)
+    shard = next((store.path / store.snapshot.scan_row(COPIES[1].stem)["artefact"]).glob("0/c/*/*/*"))
+    shard.write_bytes(shard.read_bytes()[:-50])
+    report = store.index()
+    assert [(refusal.name, refusal.kind) for refusal in report.refused] == [(COPIES[1].stem, "store_damaged")]
+    assert sorted(report.encoded) == [COPIES[0].stem, COPIES[2].stem]
+
+
+def test_charts_that_another_process_commits_meanwhile_are_kept(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(copy) for copy in COPIES[:4]])
+    add_random_encoder(store.path)
+    fit, calls = indexing.fit_frame, []
+
+    def slow_fit(*args, **kwargs):
+        calls.append(1)
+        frame = fit(*args, **kwargs)
+        if len(calls) == 1:  # while the first process fits two scans, a second one indexes all
+            isi.open(store.path).index()
+        return frame
+
+    monkeypatch.setattr(indexing, "fit_frame", slow_fit)
+    store.index(where="subject = 'sub-01'")
+    assert len(charts(store)) == 4
+    assert len(store.snapshot.artefacts("frame")) == 1
+    assert len(store.lookup([10, 20, 30], COPIES[0].stem)) == 2
+
+
+def test_two_encoders_side_by_side(store: Store):
+    first = store.snapshot.encoder_artefact().fields["encoder"]
+    second = add_random_encoder(store.path, "other", seed=1)
+    store.index(encoder="other", where="subject IN ('sub-01', 'sub-02')")
+    assert {row["encoder"]: row["rows"] for row in store.info()["indexes"]}.keys() == {first, second}
+    assert len(store.lookup([10, 20, 30], COPIES[0].stem, encoder="other")) == 1
+    assert len(store.lookup([10, 20, 30], COPIES[0].stem, encoder="random")) == 4
+    with pytest.raises(NotFound, match="did you mean"):
+        store.lookup([10, 20, 30], COPIES[0].stem, encoder="othr")
+
+
+def test_a_missing_index_costs_time_only(store: Store):
+    whole = store.search_patches([10, 20, 30], COPIES[0].stem).columns
+    index = next((store.path / "indexes").iterdir())
+    (index / "index.faiss").write_bytes(b"damaged")
+    store.refresh()
+    with pytest.warns(UserWarning, match="exact"):
+        assert store.search_patches([10, 20, 30], COPIES[0].stem).columns == whole
+    with pytest.warns(UserWarning, match="exact"):
+        store.index()
+    store.refresh()
+    assert store.search_patches([10, 20, 30], COPIES[0].stem).columns == whole

@@ -1,0 +1,277 @@
+"""`add`: what becomes of files, their labels and their metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from affines import affine_of
+from cohorts import COPIES, Cohort, tiny_scan, write_nifti
+from scipy import ndimage
+
+import isimed_index as isi
+from isimed_index.api import Store
+from isimed_index.errors import ScanRefused, UsageError
+from isimed_index.ingest import Refusal, label_centroids, read_metadata
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return isi.create(tmp_path / "store")
+
+
+def table(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+class TestAdd:
+    def test_is_idempotent_by_content(self, store: Store, tmp_path: Path):
+        for seed in range(3):
+            tiny_scan(tmp_path / "in" / f"s{seed}.nii.gz", seed)
+        first = store.add(tmp_path / "in")
+        assert (first.added, first.unchanged, first.refused) == (["s0", "s1", "s2"], [], [])
+        generation = store.generation
+        renamed = tiny_scan(tmp_path / "other" / "renamed.nii", 1)
+        again = store.add([tmp_path / "in", renamed])
+        assert (again.added, again.unchanged) == ([], ["s0", "s1", "s2", "s1"])
+        assert store.generation == generation
+
+    def test_twice_the_same_content_in_one_batch_is_one_scan(self, store: Store, tmp_path: Path):
+        tiny_scan(tmp_path / "old" / "x.nii", 0)
+        store.add(tmp_path / "old")
+        tiny_scan(tmp_path / "new" / "x.nii", 1)  # gets the id new_x
+        tiny_scan(tmp_path / "new" / "y.nii", 1)
+        report = store.add(tmp_path / "new")
+        assert (report.added, report.unchanged) == (["new_x"], ["new_x"])
+
+    def test_ids_are_unique_within_an_add_and_across_adds(self, store: Store, tmp_path: Path):
+        for seed, folder in enumerate("abc"):
+            tiny_scan(tmp_path / folder / "scan.nii.gz", seed)
+        assert store.add([tmp_path / "a", tmp_path / "b"]).added == ["a_scan", "b_scan"]
+        assert store.add(tmp_path / "c").added == ["scan"]
+        tiny_scan(tmp_path / "deeper" / "a" / "scan.nii", 7)
+        tiny_scan(tmp_path / "deeper" / "b" / "scan.nii", 8)
+        assert store.add(tmp_path / "deeper" / "a").added == ["a_scan-2"]
+        assert store.add(tmp_path / "deeper" / "b").added == ["b_scan-2"]
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_more_files_than_a_batch_land_in_order(self, store: Store, tmp_path: Path, workers: int):
+        for seed in range(19):
+            tiny_scan(tmp_path / "in" / f"s{seed:02d}.nii", seed, (4, 4, 4))
+        (tmp_path / "in" / "s05.nii").write_text("no image")
+        report = store.add(tmp_path / "in", workers=workers)
+        assert report.added == [f"s{n:02d}" for n in range(19) if n != 5]
+        assert store.generation == 2
+        assert store.scans().column("scan").to_pylist() == report.added
+
+    def test_refusals_say_the_file_once(self, store: Store, tmp_path: Path):
+        bad = table(tmp_path / "bad.nii", "not an image")
+        (tmp_path / "empty").mkdir()
+        report = store.add([bad, tmp_path / "empty", tiny_scan(tmp_path / "good.nii")])
+        assert report.added == ["good"]
+        assert [refusal.name for refusal in report.refused] == ["empty", "bad.nii"]
+        assert report.refused[1] == Refusal(
+            "bad.nii", "scan_refused", "this is not a NIfTI file", "convert the image to .nii.gz, or leave it out"
+        )
+        assert Refusal.of("x", ScanRefused("y.nii: broken")).reason == "y.nii: broken"
+
+    def test_what_cannot_be_asked(self, store: Store, tmp_path: Path):
+        scan = tiny_scan(tmp_path / "a.nii")
+        for wrong in (
+            {"labels": "{stem}_seg.nii", "spacing_mm": 2.0},
+            {"workers": 0},
+            {"labels": "no-stem.nii"},
+            {"subject_from": "("},
+            {"subject_from": "no group"},
+            {"spacing_mm": -1.0},
+        ):
+            with pytest.raises(UsageError):
+                store.add(scan, **wrong)
+        with pytest.raises(UsageError, match="there is no file or folder gone"):
+            store.add(tmp_path / "gone")
+        assert store.scans().num_rows == 0
+        assert not any((store.path / "scans").iterdir())
+
+    def test_spacing_resamples(self, store: Store, tmp_path: Path):
+        store.add(tiny_scan(tmp_path / "a.nii", shape=(12, 10, 9)), spacing_mm=6.0)
+        row = store.scans().to_pylist()[0]
+        assert [row[f"d{axis}_mm"] for axis in "xyz"] == pytest.approx([6.0] * 3)
+        assert [row[f"n{axis}"] for axis in "xyz"] == [4, 3, 4]
+        assert store.add(tmp_path / "a.nii", spacing_mm=6.0).unchanged == ["a"]
+
+    def test_subjects_and_sessions(self, store: Store, tmp_path: Path):
+        for seed, name in enumerate(("sub-07_ses-b_T1w", "IXI012-Guys-0700-T1", "plain")):
+            tiny_scan(tmp_path / "in" / f"{name}.nii", seed)
+        store.add(tmp_path / "in", subject_from=r"IXI(\d+)")
+        assert {row["scan"]: (row["subject"], row["session"]) for row in store.scans().to_pylist()} == {
+            "sub-07_ses-b_T1w": ("sub-07_ses-b_T1w", None),
+            "IXI012-Guys-0700-T1": ("012", None),
+            "plain": ("plain", None),
+        }
+        tiny_scan(tmp_path / "bids" / "sub-07_ses-b_T2w.nii", 9)
+        store.add(tmp_path / "bids")
+        row = store.sql("SELECT subject, session FROM scans WHERE scan = 'sub-07_ses-b_T2w'").to_pylist()[0]
+        assert row == {"subject": "sub-07", "session": "ses-b"}
+
+    def test_memory_holds_no_batch_of_volumes(self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        import gc
+
+        from isimed_index import ingest
+        from isimed_index.scans.scan import Scan
+
+        for seed in range(6):
+            tiny_scan(tmp_path / "in" / f"s{seed}.nii", seed)
+        alive = []
+        proposal = ingest._proposal
+
+        def spy(*args):
+            gc.collect()
+            alive.append(sum(isinstance(thing, Scan) for thing in gc.get_objects()))
+            return proposal(*args)
+
+        monkeypatch.setattr(ingest, "_proposal", spy)
+        store.add(tmp_path / "in")
+        assert max(alive) <= 1
+
+
+class TestLabels:
+    def test_centroids_are_those_of_scipy(self):
+        labels = np.random.default_rng(0).choice([0, 0, 2, 7, 1000], (9, 8, 7)).astype(np.int16)
+        found = label_centroids(labels)
+        assert sorted(found) == [2, 7, 1000]
+        for label, (count, centre) in found.items():
+            assert count == (labels == label).sum()
+            np.testing.assert_allclose(centre, ndimage.center_of_mass(labels == label))
+        assert label_centroids(np.zeros((3, 3, 3), np.uint8)) == {}
+
+    @pytest.mark.parametrize("codes", ["RAS", "PIR"])
+    def test_rows_are_in_mm_of_the_patient(self, store: Store, tmp_path: Path, codes: str):
+        affine = affine_of((10, -5, 20), (1.5, 2, 3), (1, 1, 1), (0, 1, 2), (5, -40, 12), shear=0.2)
+        rng = np.random.default_rng(1)
+        labels = rng.choice([0, 3, 5], (10, 11, 12)).astype(np.uint8)
+        write_nifti(tmp_path / "a.nii.gz", rng.integers(0, 99, labels.shape).astype(np.int16), affine, codes)
+        seg = write_nifti(tmp_path / "a_seg.nii.gz", labels, affine, codes)
+        names = table(tmp_path / "names.tsv", "index\tname\n3\tliver\n")
+        store.add(tmp_path / "a.nii.gz", labels="{stem}_seg.nii.gz", label_names=names)
+        rows = {row["label"]: row for row in store.sql("SELECT * FROM labels").to_pylist()}
+        assert {label: row["name"] for label, row in rows.items()} == {3: "liver", 5: None}
+        image = nib.load(seg)
+        for label, row in rows.items():
+            where = np.argwhere(np.asarray(image.dataobj) == label)
+            centre = nib.affines.apply_affine(image.affine, where.mean(axis=0))
+            np.testing.assert_allclose([row["x_mm"], row["y_mm"], row["z_mm"]], centre, atol=1e-3)
+            assert row["voxels"] == len(where)
+            volume = len(where) * abs(np.linalg.det(image.affine[:3, :3]))
+            assert row["volume_mm3"] == pytest.approx(volume, rel=1e-4)
+
+    def test_a_missing_or_misaligned_label_map_refuses_its_scan_alone(self, store: Store, tmp_path: Path):
+        for seed, name in enumerate(("good", "lacks", "shifted")):
+            tiny_scan(tmp_path / "in" / f"{name}.nii", seed)
+        labels = np.ones((12, 10, 9), np.uint8)
+        write_nifti(tmp_path / "in" / "good_seg.nii", labels, np.diag([2.0, 2.0, 3.0, 1.0]))
+        write_nifti(tmp_path / "in" / "shifted_seg.nii", labels, np.diag([2.0, 2.0, 3.1, 1.0]))
+        report = store.add(tmp_path / "in", labels="{stem}_seg.nii")
+        assert report.added == ["good"]
+        assert {refusal.name: refusal.reason.split(" ")[0] for refusal in report.refused} == {
+            "lacks.nii": "its",
+            "shifted.nii": "shifted_seg.nii:",
+        }
+        assert not any(str(tmp_path) in refusal.reason for refusal in report.refused)
+
+
+class TestMetadata:
+    def test_cells_are_typed_by_column(self, tmp_path: Path):
+        path = table(
+            tmp_path / "t.csv",
+            "participant_id,Age,Site Code,n,weight,note,under,big,empty\n"
+            "a,34,007,1,70.5,x,1_2,12345678901234567890,\n"
+            "b,n/a,012,-2,1e2,NA,3_4,1,n/a\n",
+        )
+        assert read_metadata(path) == {
+            "a": {
+                "age": 34,
+                "site_code": "007",
+                "n": 1,
+                "weight": 70.5,
+                "note": "x",
+                "under": "1_2",
+                "big": "12345678901234567890",
+                "empty": None,
+            },
+            "b": {
+                "age": None,
+                "site_code": "012",
+                "n": -2,
+                "weight": 100.0,
+                "note": None,
+                "under": "3_4",
+                "big": "1",
+                "empty": None,
+            },
+        }
+
+    def test_a_tab_makes_it_tsv_and_ids_are_stripped(self, tmp_path: Path):
+        assert read_metadata(table(tmp_path / "t.csv", "scan\tage\n a \t3\n")) == {"a": {"age": 3}}
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("name,age\na,3\n", "none of the columns"),
+            ("", "none of the columns"),
+            ("subject,age\na,3\nb,4\na,5\n", "two different rows.*row 4"),
+            ("subject,age\na,3\nb,90+\n", r"column age: expected numbers, found '90\+'"),
+            ("subject,Age,age\na,3,4\n", "two columns 'age'"),
+        ],
+    )
+    def test_what_is_refused(self, tmp_path: Path, text: str, match: str):
+        with pytest.raises(UsageError, match=match) as caught:
+            read_metadata(table(tmp_path / "t.csv", text))
+        assert str(tmp_path) not in caught.value.line()
+
+    def test_not_a_table(self, tmp_path: Path):
+        (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x01scan")
+        with pytest.raises(UsageError, match=r"t\.csv cannot be read"):
+            read_metadata(tmp_path / "t.csv")
+        assert read_metadata(table(tmp_path / "ok.csv", "subject,age\na,3\na,3\n")) == {"a": {"age": 3}}
+
+    def test_columns_of_scans_and_subjects(self, store: Store, cohort: Cohort, tmp_path: Path):
+        rows = {row["scan"]: row for row in isi.open(cohort.store).scans().to_pylist()}
+        assert [rows[copy.stem]["age"] for copy in COPIES] == [34.0, 34.0, 41.0, None, 58.0]
+        assert rows["sub-03_T1w"]["site"] == "site1"
+        subjects = isi.open(cohort.store).sql("SELECT subject, age FROM subjects ORDER BY subject").to_pylist()
+        assert [row["age"] for row in subjects] == [34.0, 41.0, None, 58.0, 63.5]
+
+    def test_coded_values_own_columns_and_precedence(self, store: Store, tmp_path: Path):
+        for seed, name in enumerate(("a", "b", "sub-01_ses-2_T1w")):
+            tiny_scan(tmp_path / "in" / f"{name}.nii", seed)
+        path = table(
+            tmp_path / "t.csv",
+            "scan,subject,sex,split,session,modality,nx\na,P1,1,0,,MR,99\nb,P1,1,1,5,MR,99\nsub-01_ses-2_T1w,,2,1,,,99\n",
+        )
+        store.add(tmp_path / "in", metadata=path)
+        rows = {row["scan"]: row for row in store.scans().to_pylist()}
+        keys = ("subject", "session", "split", "modality", "nx", "sex")
+        assert {scan: tuple(row[key] for key in keys) for scan, row in rows.items()} == {
+            "a": ("P1", None, "0", "MR", 12, 1),
+            "b": ("P1", "5", "1", "MR", 12, 1),
+            "sub-01_ses-2_T1w": ("sub-01", "ses-2", "1", None, 12, 2),
+        }
+        subjects = store.sql("SELECT subject, sex FROM subjects ORDER BY subject").to_pylist()
+        assert subjects == [{"subject": "P1", "sex": "1"}, {"subject": "sub-01", "sex": "2"}]
+
+    def test_two_adds_with_different_columns(self, store: Store, tmp_path: Path):
+        tiny_scan(tmp_path / "a.nii", 0)
+        tiny_scan(tmp_path / "b.nii", 1)
+        store.add(tmp_path / "a.nii", metadata=table(tmp_path / "1.csv", "scan,score\na,3\n"))
+        store.add(tmp_path / "b.nii", metadata=table(tmp_path / "2.csv", "scan,score,site\nb,2.5,x\n"))
+        assert store.sql("SELECT score, site FROM scans ORDER BY scan").to_pylist() == [
+            {"score": 3.0, "site": None},
+            {"score": 2.5, "site": "x"},
+        ]
+        tiny_scan(tmp_path / "c.nii", 2)
+        with pytest.raises(UsageError, match="another type"):
+            store.add(tmp_path / "c.nii", metadata=table(tmp_path / "3.csv", "scan,score\nc,high\n"))
+        assert store.scans().num_rows == 2

@@ -1,0 +1,15 @@
+"""The generated pages of docs/reference are what the code says today."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_library_reference.py"))
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPT["PAGES"]))
+def test_page_is_up_to_date(name: str) -> None:
+    page = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
+    assert SCRIPT["PAGES"][name]() == page, "run python scripts/make_library_reference.py"
