@@ -164,6 +164,21 @@ def fit_pair(source: Lattice, target: Lattice, *, start: Affine | None = None, r
     return Fit(affine, residual, int((error < AGREES_MM).sum()))
 
 
+def agreement(source: Lattice, target: Lattice, affine: Affine, *, within_mm: float = 16.0, sample: int = 500) -> float:
+    """Share of the source's points, of a sample, whose best match in the *whole* target lies where `affine` sends them.
+
+    Nothing pulls these matches towards the affine, so a scan of another part of the body agrees by chance alone.
+    """
+    xa, a = source.stored()
+    xb, b = target.stored()
+    if not len(xa) or not len(xb):
+        return 0.0
+    some = np.random.default_rng(0).permutation(len(xa))[:sample]
+    nearest = (a[some] @ b.T).argmax(axis=1)
+    error = np.linalg.norm(apply_affine(affine, xa[some]) - xb[nearest], axis=1)
+    return float((error <= within_mm).mean())
+
+
 def local_affine(
     source: Lattice,
     target: Lattice,

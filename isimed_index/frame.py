@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isimed_index.consensus import fit_pair
+from isimed_index.consensus import agreement, fit_pair
 from isimed_index.errors import StoreDamaged
 from isimed_index.lattice import Lattice, Points, Standard
 from isimed_index.progress import Progress, Silent
@@ -24,7 +24,7 @@ from isimed_index.space import Affine, apply_affine, inverse
 
 FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
 SMALLEST, LARGEST = 0.25, 4.0  # volume of one body against another's: a chart outside of these fits nothing
-HOLDS_ABOVE = 0.25  # share of a scan's patches that must agree with its chart for the chart to be believed
+HOLDS_ABOVE = 0.3  # agreement from which a chart is believed (measured: decision 0004)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Chart:
     """Where one scan lies in the canonical frame: patient RAS+ mm → canonical mm, and how well that is supported.
 
     `residual_mm` is the median distance between the chart and single matches, `matches` how many patches agree with it
-    and `agreement` their share of the scan's patches.
+    when they are matched around where it points, and `agreement` the share of patches that agree with it when they are
+    matched freely.
     """
 
     affine: Affine
@@ -104,7 +105,7 @@ def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) 
     fit = fit_pair(lattice, template, start=start)
     if not SMALLEST < np.linalg.det(fit.affine[:3, :3]) < LARGEST:  # a mirror image, or nearly flat
         return unsupported
-    return Chart(fit.affine, fit.residual_mm, fit.matches, fit.matches / int(lattice.mask.sum()))
+    return Chart(fit.affine, fit.residual_mm, fit.matches, agreement(lattice, template, fit.affine))
 
 
 def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:

@@ -124,7 +124,10 @@ def add(
         ThreadPoolExecutor(options.workers, thread_name_prefix="add") as pool,
     ):
         for start in range(0, len(chosen), BATCH):
-            known = set(_digests(repository.snapshot()))
+            head = repository.snapshot()
+            known = set(_digests(head))
+            labelled = _labelled(head)
+            unlabelled = {digest for digest, scan in _digests(head).items() if scan not in labelled}
             staged: list[_Staged] = []
             repeated: list[str] = []  # digests
             for path, outcome in _each(pool, chosen[start : start + BATCH], options, names):
@@ -133,6 +136,8 @@ def add(
                     report.refused.append(Refusal.of(path.name, outcome))
                 elif outcome.digest in known:
                     repeated.append(outcome.digest)
+                    if outcome.labels is not None and outcome.digest in unlabelled:
+                        report.refused.append(Refusal.of(path.name, _late_labels()))
                 else:
                     known.add(outcome.digest)
                     staged.append(_stage(transaction, outcome, options))
@@ -144,6 +149,17 @@ def add(
             report.unchanged.extend(scans[digest] for digest in repeated)
     progress.finish()
     return report
+
+
+def _labelled(snapshot: Snapshot) -> set[str]:
+    return set(snapshot.table("labels").column("scan").to_pylist())
+
+
+def _late_labels() -> ScanRefused:
+    return ScanRefused(
+        "the scan is stored already, without labels; a stored scan is not given labels later",
+        next_step="add it with its labels to a new store",
+    )
 
 
 def _images(paths: Sequence[Path], options: AddOptions, report: AddReport) -> list[Path]:

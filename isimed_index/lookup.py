@@ -9,6 +9,7 @@ A stored scan is looked up from stored vectors alone: no torch, no images.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from isimed_index import space as geometry
 from isimed_index.consensus import local_affine
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import NotFound, OutsideScan, UsageError
+from isimed_index.errors import NotFound, OutsideScan, StoreWarning, UsageError
 from isimed_index.frame import Chart, Frame, fit_chart, read_frame
 from isimed_index.lattice import Lattice, Vectors, read_lattice
 from isimed_index.space import Affine, Space, apply_affine, inverse
@@ -237,6 +238,13 @@ class Lookup:
         at = source.point_mm(point, space)
         canonical = apply_affine(source.chart.affine, at)
         asked = self._descriptor(source, at)
+        if not source.chart.holds:
+            warnings.warn(
+                f"the scan does not look like the cohort that {self.card.name!r} was indexed on (agreement "
+                f"{source.chart.agreement:.2f}): no answer is in view. Next: isimed index with scans of its kind",
+                StoreWarning,
+                stacklevel=3,
+            )
         rows = []
         for scan, subject in self._targets(source, question):
             chart = self.frame.charts[scan]
@@ -245,7 +253,7 @@ class Lookup:
             if question.within_mm is not None and away > question.within_mm:
                 continue
             extent = self.extent(scan)
-            seen = bool(chart.holds and in_extent(place.xyz_mm, *extent))
+            seen = source.chart.holds and chart.holds and in_extent(place.xyz_mm, *extent)
             back = self._cycle(source, scan, place, at) if question.cycle else None
             rows.append((not seen, place.distance, scan, subject, place, seen, extent, back))
         rows.sort(key=lambda row: row[:3])

@@ -163,3 +163,14 @@ def test_a_cohort_of_one():
 def test_a_mirrored_head_is_not_believed(frame: Frame):
     mirrored = TRUTH["scan-0"] @ np.diag([-1.0, 1.0, 1.0, 1.0])
     assert not fit_chart(body(mirrored), frame.template).holds
+
+
+def test_a_stranger_is_not_believed(frame: Frame):
+    rng = np.random.default_rng(5)
+    like = next(iter(frame.charts))
+    vectors = rng.normal(size=frame.template.vectors.shape).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    stranger = fit_chart(Lattice(unit, frame.template.mask, frame.template.affine), frame.template)
+    assert stranger.agreement < 0.1
+    assert not stranger.holds
+    assert frame.charts[like].holds

@@ -47,6 +47,15 @@ class TestAdd:
         report = store.add(tmp_path / "new")
         assert (report.added, report.unchanged) == (["new_x"], ["new_x"])
 
+    def test_labels_that_come_too_late_are_refused_by_name(self, store: Store, tmp_path: Path):
+        image = nib.load(tiny_scan(tmp_path / "in" / "s.nii", 0))
+        store.add(tmp_path / "in")
+        write_nifti(tmp_path / "in" / "s_seg.nii", np.ones(image.shape, np.uint8), image.affine)
+        report = store.add(tmp_path / "in", labels="{stem}_seg.nii")
+        assert (report.added, report.unchanged) == ([], ["s"])
+        assert [refusal.name for refusal in report.refused] == ["s.nii"]
+        assert "without labels" in report.refused[0].reason
+
     def test_ids_are_unique_within_an_add_and_across_adds(self, store: Store, tmp_path: Path):
         for seed, folder in enumerate("abc"):
             tiny_scan(tmp_path / folder / "scan.nii.gz", seed)
