@@ -110,7 +110,7 @@ class Store:
             labels: where an image's label map lies, relative to it: `{stem}_seg.nii.gz`.
             label_names: CSV or TSV with the columns `label` and `name`.
             metadata: CSV or TSV keyed by `scan`, `participant_id` or `subject`; its columns become columns of `scans`.
-            subject_from: regular expression whose group finds the subject in a file's stem.
+            subject_from: regular expression whose group finds the subject in a file's stem, or else in its folders.
             spacing_mm: resample to this isotropic spacing; None keeps every voxel as it is.
             workers: files read at once.
         """
@@ -360,8 +360,7 @@ class Store:
         return lookup.source(scan)  # raises NotFound, with the ids that look like it
 
     def _scan_ids(self, where: str | None) -> list[str]:
-        condition = "" if where is None else f" WHERE ({where})"
-        ids: list[str] = self.sql(f"SELECT scan FROM scans{condition}").column("scan").to_pylist()
+        ids: list[str] = self.snapshot.matching("scans", where).column("scan").to_pylist()
         return ids
 
 

@@ -22,6 +22,7 @@ FEATURES: frozenset[str] = frozenset()  # optional parts of the format that this
 SchemaName = Literal["format", "manifest", "card", "artefact"]
 TableName = Literal["scans", "subjects", "labels", "patches", "charts"]
 ViewName = Literal["patches", "encoders", "segments", "indexes", "generations"]
+Metric = Literal["cosine", "l2"]  # how vectors are compared; the card's schema lists the same
 
 
 def document(name: str) -> Any:

@@ -22,7 +22,7 @@ from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
 from isimed_index.errors import IsimedError, UsageError
 from isimed_index.grid import PatchGrid
-from isimed_index.lattice import Lattice, Standard, build_lattice, lattice_affine, write_geometry
+from isimed_index.lattice import Lattice, ScanGeometry, Standard, build_lattice, lattice_affine, write_geometry
 from isimed_index.scans.prepare import Volume, prepare
 from isimed_index.space import Affine
 
@@ -115,12 +115,13 @@ def encode_scan(task: EncodeTask) -> Encoded:
     try:
         stored = open_chunks(Path(task.chunks))
         volume = prepared(stored.values(), stored.affine, encoder.card)
-        return Encoded(task, _stage(task, encoder, volume))
+        scan = ScanGeometry.of(stored.shape, stored.affine, stored.attributes)
+        return Encoded(task, _stage(task, encoder, volume, scan))
     except IsimedError as error:
         return Encoded(task, {}, error)
 
 
-def _stage(task: EncodeTask, encoder: Encoder, volume: Volume) -> dict[str, Any]:
+def _stage(task: EncodeTask, encoder: Encoder, volume: Volume, scan: ScanGeometry) -> dict[str, Any]:
     import pyarrow as pa
 
     from isimed_index.store.segment import write_segment
@@ -135,7 +136,7 @@ def _stage(task: EncodeTask, encoder: Encoder, volume: Volume) -> dict[str, Any]
     # Positions are millimetres up to a metre, where float16 would round to half a millimetre; the rest is relative.
     outputs = {name: v if name == "position" else v.astype(np.float16) for name, v in vectors.items()}
     fields = write_segment(directory, pa.table(columns), outputs)
-    write_geometry(directory, grid)
+    write_geometry(directory, grid, scan)
     return {
         **fields,
         "encoder": encoder.card.id,

@@ -16,7 +16,9 @@
     │   └── EncoderMismatch                        kind encoder_mismatch   exit 13
     └── RecallBelowTarget     (ValueError)         kind recall_below_target exit 14
 
-    StoreWarning (UserWarning)   the answer is right, but something in the store wants repair
+    IsimedWarning (UserWarning)
+    ├── StoreWarning       the answer is right, but something in the store wants repair
+    └── TrainingWarning    the run goes on, but what it learns may be of no use
 
 `str(error)` is one sentence: what was expected, what was found, where. `error.next_step` is the command or
 action that mends it. Neither holds patient data: files are named by their base name only.
@@ -137,5 +139,13 @@ class RecallBelowTarget(IsimedError, ValueError):
     exit_code = 14
 
 
-class StoreWarning(UserWarning):
+class IsimedWarning(UserWarning):
+    """Base of all warnings that this library gives on purpose; the command line shows these and no others."""
+
+
+class StoreWarning(IsimedWarning):
     """The store gave a right answer by a detour (an older generation, an exact search) and wants repair."""
+
+
+class TrainingWarning(IsimedWarning):
+    """A training run goes on, but what it learns may be of no use (the embeddings are collapsing)."""

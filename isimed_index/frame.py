@@ -77,7 +77,7 @@ def fit_frame(
     progress.start("frame", rounds * len(lattices), "charts")
     for turn in range(rounds):
         for scan, lattice in lattices.items():
-            charts[scan] = fit_chart(lattice, template, charts[scan].affine if turn else None)
+            charts[scan] = fit_chart(lattice, template, charts[scan].affine if turn and charts[scan].holds else None)
             progress.advance(1, f"residual {charts[scan].residual_mm:.1f} mm")
         charts = _centred(charts)
         template = _mean_template(lattices, charts, template.step_mm)

@@ -5,6 +5,7 @@ scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +16,10 @@ import numpy as np
 
 from isimed_index.encode import Encoded, EncodeTask, encode_groups, stride_in_voxels, task_key
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import NotFound, ScanRefused
+from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard
-from isimed_index.index.plan import build_index
+from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
 from isimed_index.progress import Progress
@@ -70,6 +71,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         stride = stride_in_voxels(card, options.stride_mm)
         report = IndexReport(card.id)
         keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride) for scan in scans}
+        scans = list(dict.fromkeys(scans))
         done = {segment.task for segment in head.segments(card.id)}
         report.skipped.extend(scan for scan in scans if keys[scan] in done)
         todo = [scan for scan in scans if keys[scan] not in done]
@@ -77,7 +79,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         tasks = _task_groups(transaction, head, todo, keys, directory, stride, options.device)
         patches = 0
         for results in encode_groups(tasks, options.scheduler):
-            patches += _commit_segments(transaction, head, results, report)
+            patches += _commit_segments(transaction, head, card, results, report)
             progress.advance(len(results), f"{patches:,} patches")
         progress.finish()
         if not report.encoded and not report.skipped:
@@ -116,7 +118,9 @@ def _task_groups(
         ]
 
 
-def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence[Encoded], report: IndexReport) -> int:
+def _commit_segments(
+    transaction: Transaction, head: Snapshot, card: EncoderCard, results: Sequence[Encoded], report: IndexReport
+) -> int:
     """Commit one group; a segment that another process committed meanwhile is left out. Returns the patches encoded."""
     staged: list[Artefact] = []
     for result in results:
@@ -131,8 +135,12 @@ def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence
         report.encoded.append(result.task.scan)
 
     def propose(now: Snapshot) -> Proposal:
-        there = {segment.task for segment in now.segments()}
-        return Proposal(add=[artefact for artefact in staged if artefact.fields["task"] not in there])
+        stored = now.segments(card.id)
+        there = {segment.task for segment in stored}
+        fresh = [artefact for artefact in staged if artefact.fields["task"] not in there]
+        again = {artefact.fields["scan_artefact"] for artefact in fresh}
+        # A scan that is encoded on another lattice has that one from now on: one segment per scan and encoder.
+        return Proposal(add=fresh, drop=[segment.path for segment in stored if segment.scan_artefact in again])
 
     transaction.commit(propose)
     return sum(int(artefact.fields["rows"]) for artefact in staged)
@@ -155,8 +163,7 @@ def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progres
 def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
     """A frame with a chart of every encoded scan; None when the stored one is that already."""
     segments = snapshot.newest_segments(card.id)
-    path = snapshot.frame_path(card.id)
-    before = read_frame(path) if path is not None else None
+    before = _stored_frame(snapshot, card)
     missing = [scan for scan in segments if before is None or scan not in before.charts]
     if not missing:
         return None
@@ -165,6 +172,16 @@ def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Fr
         return fit_frame(card.id, standard, _lattices(segments, card, standard), progress=progress)
     new = {scan: segments[scan] for scan in missing}
     return extend_frame(before, _lattices(new, card, before.standard), progress)
+
+
+def _stored_frame(snapshot: Snapshot, card: EncoderCard) -> Frame | None:
+    """The frame that is stored; None when there is none, or when it is damaged: it can be fitted again."""
+    try:
+        path = snapshot.frame_path(card.id)
+        return None if path is None else read_frame(path)
+    except StoreDamaged as error:
+        warnings.warn(f"{error}; the frame is fitted anew", StoreWarning, stacklevel=2)
+        return None
 
 
 def _standard(card: EncoderCard, segments: Sequence[Segment]) -> Standard:
@@ -187,11 +204,9 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
     covers = [segment.path for segment in segments]
     newest = snapshot.newest("index", card.id)
     if newest is not None and list(newest.fields["covers"]) == covers:
-        path = snapshot.index_path(card.id)
-        if path is not None:
-            built = IndexCard.read(path)
-            if built.min_recall >= options.min_recall:
-                return built
+        built = _stored_index(snapshot, card)
+        if built is not None and built.min_recall >= options.min_recall and _fits(built, options.max_ram):
+            return built
     blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
     cards: list[IndexCard] = []
 
@@ -200,6 +215,19 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
 
     _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
     return cards[0]
+
+
+def _stored_index(snapshot: Snapshot, card: EncoderCard) -> IndexCard | None:
+    """The card of the stored index; None when there is none that this version can read: it can be built again."""
+    path = snapshot.index_path(card.id)
+    try:
+        return None if path is None else IndexCard.read(path)
+    except (StoreDamaged, Incompatible):
+        return None
+
+
+def _fits(built: IndexCard, max_ram: int | None) -> bool:
+    return max_ram is None or ram_bytes(built.recipe, built.rows, built.dim) <= max_ram
 
 
 def _commit_one(

@@ -6,6 +6,7 @@ find files ─▶ read (threads) ─▶ known content? ─▶ stage OME-Zarr ─
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from isimed_index.scans.discover import find_files, label_path, stem, subject_an
 from isimed_index.scans.prepare import resample
 from isimed_index.scans.read import read_label_names, read_labels, read_rows, read_scan
 from isimed_index.scans.scan import LabelMap, Scan
-from isimed_index.space import apply_affine
+from isimed_index.space import affine_in_orientation, apply_affine
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
@@ -41,6 +42,8 @@ _MISSING = ("", "n/a", "na", "nan")
 # No leading zeros and no underscores: `007` and `1_2` are names, not numbers.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})", re.ASCII)
 _FLOAT = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?", re.ASCII)
+_SIZES = ("nx", "ny", "nz", "dx_mm", "dy_mm", "dz_mm")
+_BY_FILE = ("scan", *_SIZES, "orientation", "format", "digest", "artefact")  # those that the file alone fills
 Value = str | int | float | None
 
 
@@ -87,11 +90,21 @@ class AddOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class _File:
+    """One file that was asked for: the id it would have in an empty store, and whose it is by its names."""
+
+    path: Path
+    name: str
+    subject: str | None
+    session: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Read:
     """One file in memory: the scan, its labels, and its content's digest."""
 
-    path: Path
-    scan: Scan  # its id is the one it would have in an empty store
+    file: _File
+    scan: Scan
     labels: LabelMap | None
     digest: str
 
@@ -100,8 +113,7 @@ class _Read:
 class _Staged:
     """One file whose voxels are on disk: its rows, but for the id that the commit gives it."""
 
-    path: Path
-    name: str
+    file: _File
     digest: str
     artefact: Artefact
     row: dict[str, Any]
@@ -116,9 +128,8 @@ def add(
     names = read_label_names(options.label_names) if options.label_names else {}
     metadata = read_metadata(options.metadata) if options.metadata else {}
     report = AddReport()
-    files = _images(paths, options, report)
-    chosen = list(zip(files, unique_ids(files, taken=()), strict=True))
-    progress.start("add", len(files), "scans")
+    chosen = _chosen(paths, options, report)
+    progress.start("add", len(chosen), "scans")
     with (
         repository.transaction("add") as transaction,
         ThreadPoolExecutor(options.workers, thread_name_prefix="add") as pool,
@@ -129,24 +140,25 @@ def add(
             labelled = _labelled(head)
             unlabelled = {digest for digest, scan in _digests(head).items() if scan not in labelled}
             staged: list[_Staged] = []
-            repeated: list[str] = []  # digests
-            for path, outcome in _each(pool, chosen[start : start + BATCH], options, names):
+            repeated: list[tuple[_File, str]] = []  # with their digests
+            for file, outcome in _each(pool, chosen[start : start + BATCH], options, names):
                 progress.advance(1)
                 if isinstance(outcome, ScanRefused):
-                    report.refused.append(Refusal.of(path.name, outcome))
+                    report.refused.append(Refusal.of(file.path.name, outcome))
                 elif outcome.digest in known:
-                    repeated.append(outcome.digest)
+                    repeated.append((file, outcome.digest))
                     if outcome.labels is not None and outcome.digest in unlabelled:
-                        report.refused.append(Refusal.of(path.name, _late_labels()))
+                        report.refused.append(Refusal.of(file.path.name, _late_labels()))
                 else:
                     known.add(outcome.digest)
-                    staged.append(_stage(transaction, outcome, options))
+                    staged.append(_stage(transaction, outcome))
             now = transaction.commit(partial(_proposal, staged, metadata))
             ours = {item.artefact.path for item in staged} & now.scan_of.keys()
             scans = _digests(now)
             report.added.extend(scans[item.digest] for item in staged if item.artefact.path in ours)
-            report.unchanged.extend(scans[item.digest] for item in staged if item.artefact.path not in ours)
-            report.unchanged.extend(scans[digest] for digest in repeated)
+            old = [(item.file, item.digest) for item in staged if item.artefact.path not in ours] + repeated
+            report.unchanged.extend(scans[digest] for _, digest in old)
+            report.refused.extend(_late_metadata(old, metadata, now) if metadata else ())
     progress.finish()
     return report
 
@@ -162,34 +174,66 @@ def _late_labels() -> ScanRefused:
     )
 
 
-def _images(paths: Sequence[Path], options: AddOptions, report: AddReport) -> list[Path]:
-    """The image files among `paths`; an empty folder is refused, unless nothing else was asked for."""
-    found: list[Path] = []
+def _late_metadata(
+    files: Sequence[tuple[_File, str]], metadata: Mapping[str, Mapping[str, Value]], snapshot: Snapshot
+) -> Iterator[Refusal]:
+    """A refusal for each file with a stored digest whose metadata say something else than the stored row does."""
+    stored = {row["digest"]: row for row in snapshot.table("scans").to_pylist()}
+    for file, digest in files:
+        row = stored[digest]
+        name, scan = stem(file.path), row["scan"]
+        keys = (scan, name) if name in scan else (name, scan)  # a copy under another name has its own metadata
+        given = _given(_metadata_of(metadata, *keys, file.subject, row["subject"]))
+        late = [key for key, value in given.items() if value is not None and not _same(value, row.get(key))]
+        if late:
+            error = ScanRefused(
+                f"the scan is stored already, with other metadata ({', '.join(late)}); a stored scan keeps its own",
+                next_step="add it with its metadata to a new store",
+            )
+            yield Refusal.of(file.path.name, error)
+
+
+def _same(given: Value, stored: Value) -> bool:
+    """Whether two cells say the same; the type that a column got may differ from one table to the next."""
+    if given == stored or stored is None:
+        return given == stored
+    texts = str(given), str(stored)
+    number = plain_number(texts[0])
+    return texts[0] == texts[1] or (number is not None and number == plain_number(texts[1]))
+
+
+def _chosen(paths: Sequence[Path], options: AddOptions, report: AddReport) -> list[_File]:
+    """The image files among `paths`, each once; a folder without any is refused and the others go on."""
+    found: dict[Path, tuple[Path, Path | None]] = {}  # file → as it was found, and in which of the folders
     for path in paths:
         try:
-            found += find_files([path])
+            for file in find_files([path]):
+                found.setdefault(file.resolve(), (file, path if path.is_dir() else None))
         except ScanRefused as error:
             report.refused.append(Refusal.of(path.resolve().name, error))
-    files = list({path.resolve(): path for path in found}.values())
-    return without_labels(files, options.labels) if options.labels else files
+    folders = dict(found.values())
+    files = without_labels(folders, options.labels) if options.labels else list(folders)
+    return [
+        _File(file, name, *subject_and_session(file, folders[file], options.subject_from))
+        for file, name in zip(files, unique_ids(files, taken=()), strict=True)
+    ]
 
 
 def _each(
-    pool: ThreadPoolExecutor, chosen: Sequence[tuple[Path, str]], options: AddOptions, names: Mapping[int, str]
-) -> Iterator[tuple[Path, _Read | ScanRefused]]:
+    pool: ThreadPoolExecutor, chosen: Sequence[_File], options: AddOptions, names: Mapping[int, str]
+) -> Iterator[tuple[_File, _Read | ScanRefused]]:
     """Read files in threads and in order, a few at a time: memory holds one volume per worker and no more."""
     for begin in range(0, len(chosen), options.workers):
         some = chosen[begin : begin + options.workers]
-        read = pool.map(lambda one: _read(one[0], one[1], options, names), some)
-        yield from zip((path for path, _ in some), read, strict=True)
+        yield from zip(some, pool.map(lambda file: _read(file, options, names), some), strict=True)
 
 
-def _read(path: Path, name: str, options: AddOptions, names: Mapping[int, str]) -> _Read | ScanRefused:
+def _read(file: _File, options: AddOptions, names: Mapping[int, str]) -> _Read | ScanRefused:
     try:
-        scan = read_scan(path, name)
+        scan = read_scan(file.path, file.name)
         labels = None
         if options.labels:
-            beside = label_path(path, options.labels)
+            beside = label_path(file.path, options.labels)
             if not beside.exists():
                 raise ScanRefused(
                     f"its label map {beside.name} does not exist",
@@ -198,13 +242,16 @@ def _read(path: Path, name: str, options: AddOptions, names: Mapping[int, str]) 
             labels = read_labels(beside, scan, names)
         if options.spacing_mm is not None:
             values, affine = resample(scan.values(), scan.affine, options.spacing_mm)
-            scan = Scan(scan.id, values, affine, attributes=scan.attributes)
-        return _Read(path, scan, labels, scan.digest)
+            # What the user knows as voxels are those of the file, before it was resampled.
+            own = affine_in_orientation(scan.affine, scan.shape, str(scan.attributes["source_orientation"]))
+            attributes = {**scan.attributes, "source_affine": json.dumps(own.tolist())}
+            scan = Scan(scan.id, values, affine, attributes=attributes)
+        return _Read(file, scan, labels, scan.digest)
     except ScanRefused as error:
         return error
 
 
-def _stage(transaction: Transaction, read: _Read, options: AddOptions) -> _Staged:
+def _stage(transaction: Transaction, read: _Read) -> _Staged:
     """Write a scan's voxels; what is kept of it in memory is a few rows."""
     from isimed_index.scans.chunks import write_chunks
 
@@ -212,21 +259,19 @@ def _stage(transaction: Transaction, read: _Read, options: AddOptions) -> _Stage
     write_chunks(read.scan, read.labels, directory)
     artefact = transaction.add("scan", directory)
     scan = read.scan
-    subject, session = subject_and_session(stem(read.path), options.subject_from)
     row = {
-        "subject": subject,
-        "session": session,
+        "subject": read.file.subject,
+        "session": read.file.session,
         "modality": None,
         "split": None,
-        **dict(zip(("nx", "ny", "nz"), scan.shape, strict=True)),
-        **dict(zip(("dx_mm", "dy_mm", "dz_mm"), map(float, scan.spacing_mm), strict=True)),
+        **dict(zip(_SIZES, (*scan.shape, *map(float, scan.spacing_mm)), strict=True)),
         "orientation": scan.attributes.get("source_orientation"),
         "format": scan.attributes.get("source_format"),
         "digest": read.digest,
         "artefact": artefact.path,
     }
     labels = [] if read.labels is None else _label_rows(read.labels, scan)
-    return _Staged(read.path, scan.id, read.digest, artefact, row, labels)
+    return _Staged(read.file, read.digest, artefact, row, labels)
 
 
 def _digests(snapshot: Snapshot) -> dict[str, str]:
@@ -256,18 +301,31 @@ def _free_ids(items: Sequence[_Staged], taken: set[str]) -> list[str]:
     """Each item's name, or, where another scan has it already, its folder's name before it and then a number."""
     ids = []
     for item in items:
-        scan = item.name if item.name not in taken else unique_ids([item.path], taken)[0]
+        scan = item.file.name if item.file.name not in taken else unique_ids([item.file.path], taken)[0]
         taken.add(scan)
         ids.append(scan)
     return ids
 
 
 def _scan_row(item: _Staged, scan: str, metadata: Mapping[str, Mapping[str, Value]]) -> dict[str, Any]:
-    """A row of `scans`: the file's own facts, and the metadata found by scan id, file stem or subject."""
-    extra = next((metadata[key] for key in (scan, stem(item.path), item.row["subject"]) if key in metadata), {})
-    own = {"scan": scan, **item.row}
-    given = {key: str(extra[key]) for key in _SETTABLE if extra.get(key) is not None}
-    return own | {key: value for key, value in extra.items() if key not in own} | given
+    """A row of `scans`: the file's own facts, and the metadata found by scan id, file stem or subject.
+
+    A scan whose names say no subject is its own: its id is unique, a stem such as `T1` is not.
+    """
+    given = _given(_metadata_of(metadata, scan, stem(item.file.path), item.file.subject))
+    own = {"scan": scan, **item.row, "subject": item.file.subject or scan}
+    return own | {key: value for key, value in given.items() if key not in own or value is not None}
+
+
+def _metadata_of(metadata: Mapping[str, Mapping[str, Value]], *keys: str | None) -> Mapping[str, Value]:
+    """The metadata under the first of the keys that has any."""
+    return next((metadata[key] for key in keys if key is not None and key in metadata), {})
+
+
+def _given(extra: Mapping[str, Value]) -> dict[str, Value]:
+    """What a row of metadata may say of a scan: its facts come from the file, its own other columns are text."""
+    free = {key: value for key, value in extra.items() if key not in _BY_FILE}
+    return free | {key: str(free[key]) for key in _SETTABLE if free.get(key) is not None}
 
 
 def _subject_rows(rows: Sequence[Mapping[str, Any]], known: set[str]) -> list[dict[str, Any]]:
@@ -328,7 +386,7 @@ def read_metadata(path: Path) -> dict[str, dict[str, Value]]:
         if name in typed:
             raise UsageError(f"the metadata table {path.name} has two columns {name!r}")
         typed[name] = _typed([row[column] for row in rows])
-    words = [value for value in typed.get("age", ()) if isinstance(value, str) and not _FLOAT.fullmatch(value)]
+    words = [value for value in typed.get("age", ()) if isinstance(value, str) and plain_number(value) is None]
     if words:
         raise UsageError(
             f"the metadata table {path.name}, column age: expected numbers, found {words[0]!r}",
@@ -345,7 +403,16 @@ def read_metadata(path: Path) -> dict[str, dict[str, Value]]:
 def _typed(cells: Sequence[str | None]) -> list[Value]:
     """Cells as integers when all that are filled read as such, else as floats, else as the text they are."""
     texts = [None if (cell or "").strip().lower() in _MISSING else (cell or "").strip() for cell in cells]
-    for pattern, kind in ((_INTEGER, int), (_FLOAT, float)):
-        if all(text is None or pattern.fullmatch(text) for text in texts):
-            return [None if text is None else kind(text) for text in texts]
-    return list(texts)
+    numbers = [None if text is None else plain_number(text) for text in texts]
+    if any(number is None and text is not None for number, text in zip(numbers, texts, strict=True)):
+        return list(texts)
+    if any(isinstance(number, float) for number in numbers):
+        return [None if number is None else float(number) for number in numbers]
+    return list(numbers)
+
+
+def plain_number(text: str) -> int | float | None:
+    """The number that a text is, or None: `007`, `1_000`, `nan` and integers of 20 digits are names, not numbers."""
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from numpy.typing import NDArray
 from isimed_index.encoders.card import Metric
 from isimed_index.errors import StoreDamaged
 from isimed_index.grid import PatchGrid
-from isimed_index.space import Affine, apply_affine, inverse
+from isimed_index.space import Affine, affine_in_orientation, apply_affine, inverse
 from isimed_index.store.segment import Segment
 
 FILE = "lattice.json"
+_RESTORE = "restore the store from a backup, or add its files to a new one"
 _LEAST_WEIGHT = 1e-6  # below it a point only seems to touch the lattice, by rounding
 Points = NDArray[np.float64]  # (n, 3) mm
 Vectors = NDArray[np.float32]  # (n, d)
@@ -128,9 +131,48 @@ def build_lattice(unit: Vectors, ijk: NDArray[np.integer], shape: tuple[int, ...
     return Lattice(vectors, mask, affine)
 
 
-def write_geometry(directory: Path, grid: PatchGrid) -> None:
-    """Write `lattice.json` of a segment: shape, affine (lattice index → RAS+ mm), patch and stride in voxels."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ScanGeometry:
+    """What a question has to know of a scan's volume: where its voxels lie, and those of the file it came from.
+
+    `shape` and `affine` (voxel → RAS+ mm) are of the stored array, `source_affine` of the voxels in the file's own axis
+    order and, where the scan was resampled when it was added, on the file's own grid.
+    """
+
+    shape: tuple[int, int, int]
+    affine: Affine
+    source_affine: Affine
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], affine: Affine, attributes: Mapping[str, Any]) -> ScanGeometry:
+        """The geometry of a scan with these attributes (`source_orientation`, and `source_affine` if resampled)."""
+        if "source_affine" in attributes:
+            source = np.array(json.loads(attributes["source_affine"]), dtype=np.float64).reshape(4, 4)
+        else:
+            codes = attributes.get("source_orientation")
+            source = affine_in_orientation(affine, shape, str(codes)) if codes else affine
+        return cls(shape, affine, source)
+
+    def holds(self, xyz_mm: Points) -> bool:
+        """Whether a place (3,) in RAS+ mm lies inside the volume, up to the outer faces of its voxels."""
+        voxel = apply_affine(inverse(self.affine), xyz_mm)
+        return bool((voxel >= -0.5).all() and (voxel <= np.array(self.shape) - 0.5).all())
+
+    def bounds_mm(self) -> tuple[Points, Points]:
+        """The least and the greatest RAS+ mm (3,) of any voxel centre."""
+        ends = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1).reshape(-1, 3)
+        corners = apply_affine(self.affine, ends)
+        return corners.min(axis=0), corners.max(axis=0)
+
+
+def write_geometry(directory: Path, grid: PatchGrid, scan: ScanGeometry) -> None:
+    """Write `lattice.json` of a segment: the lattice (index → RAS+ mm, patch and stride in voxels) and its scan."""
     content = {
+        "scan": {
+            "shape": list(scan.shape),
+            "affine": scan.affine.tolist(),
+            "source_affine": scan.source_affine.tolist(),
+        },
         "shape": list(grid.lattice_shape),
         "affine": lattice_affine(grid).tolist(),
         "patch_vox": grid.patch,
@@ -139,17 +181,45 @@ def write_geometry(directory: Path, grid: PatchGrid) -> None:
     (directory / FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
+def read_geometry(segment: Segment) -> ScanGeometry:
+    """The geometry of the scan that a segment was encoded from; the scan itself is not opened."""
+    scan = _read_json(segment).get("scan", {})
+    with _malformed():
+        return ScanGeometry(_shape(scan["shape"]), _matrix(scan["affine"]), _matrix(scan["source_affine"]))
+
+
 def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
     """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit."""
     patches = segment.patches()
-    try:
-        content = json.loads((segment.root / segment.path / FILE).read_text(encoding="utf-8"))
-        x, y, z = (int(n) for n in content["shape"])
-        affine = np.array(content["affine"], dtype=np.float64).reshape(4, 4)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreDamaged(f"{FILE} of a segment cannot be read", next_step="isimed check") from error
-    shape = (x, y, z)
+    content = _read_json(segment)
+    with _malformed():
+        shape, affine = _shape(content["shape"]), _matrix(content["affine"])
     ijk = np.stack([patches.column(axis).to_numpy() for axis in "ijk"], axis=1)
     if ((ijk < 0) | (ijk >= shape)).any():
-        raise StoreDamaged(f"{FILE} of a segment says shape {shape}, a patch lies outside", next_step="isimed check")
+        raise StoreDamaged(f"{FILE} of a segment says shape {shape}, a patch lies outside", next_step=_RESTORE)
     return build_lattice(standard.unit(segment.vectors(output)), ijk, shape, affine)
+
+
+def _read_json(segment: Segment) -> dict[str, Any]:
+    with _malformed():
+        content = json.loads((segment.verified() / FILE).read_text(encoding="utf-8"))
+        return dict(content)
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    try:
+        yield
+    except StoreDamaged:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreDamaged(f"{FILE} of a segment cannot be read", next_step=_RESTORE) from error
+
+
+def _shape(values: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (int(n) for n in values)
+    return x, y, z
+
+
+def _matrix(values: Sequence[Sequence[float]]) -> Affine:
+    return np.array(values, dtype=np.float64).reshape(4, 4)

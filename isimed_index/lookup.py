@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from isimed_index import space as geometry
 from isimed_index.consensus import local_affine
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound, OutsideScan, StoreWarning, UsageError
 from isimed_index.frame import Chart, Frame, fit_chart, read_frame
-from isimed_index.lattice import Lattice, Vectors, read_lattice
-from isimed_index.space import Affine, Space, apply_affine, inverse
+from isimed_index.lattice import Lattice, ScanGeometry, Vectors, read_geometry, read_lattice
+from isimed_index.space import Affine, Space, apply_affine, from_ras_mm, inverse, to_ras_mm
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 
@@ -66,8 +65,7 @@ class Source:
 
     scan: str | None  # None for a file
     subject: str | None
-    affine: Affine  # of the voxels as the user knows them → RAS+ mm
-    extent: tuple[Affine, tuple[int, int, int]]  # of the voxels as they are read, for in-view tests
+    geometry: ScanGeometry
     lattice: Lattice
     chart: Chart
 
@@ -76,9 +74,9 @@ class Source:
         if space == "canonical":
             at = apply_affine(inverse(self.chart.affine), point)
         else:
-            at = geometry.to_ras_mm(point, space, self.affine)
-        if not in_extent(at, *self.extent):
-            low, high = _bounds(*self.extent)
+            at = to_ras_mm(point, space, self.geometry.source_affine)
+        if not self.geometry.holds(at):
+            low, high = self.geometry.bounds_mm()
             raise OutsideScan(
                 f"the point {_text(at)} (RAS mm) lies outside the scan, which spans {_text(low)} to {_text(high)}",
                 next_step="check --space: ras, lps and voxel are different numbers for the same place",
@@ -168,6 +166,7 @@ class Lookup:
         self.card: EncoderCard = read_card(snapshot.encoder_path(encoder))
         self._lattices: dict[str, Lattice] = {}
         self._stored: dict[str, StoredScan] = {}
+        self._geometries: dict[str, ScanGeometry] = {}
 
     @cached_property
     def frame(self) -> Frame:
@@ -199,25 +198,18 @@ class Lookup:
             self._stored[scan] = open_chunks(self.snapshot.chunks_path(scan))
         return self._stored[scan]
 
-    def extent(self, scan: str) -> tuple[Affine, tuple[int, int, int]]:
-        """The affine and shape of a stored scan's voxel array."""
-        stored = self.stored(scan)
-        return stored.affine, stored.shape
+    def geometry(self, scan: str) -> ScanGeometry:
+        """Where an encoded scan's voxels lie; the scan itself is not opened."""
+        if scan not in self._geometries:
+            self._geometries[scan] = read_geometry(self.segments[scan])
+        return self._geometries[scan]
 
     def source(self, scan: str) -> Source:
         """A stored scan as the place of a question."""
         row = self.snapshot.scan_row(scan)
         if scan not in self.segments:
             raise NotFound(f"scan {scan!r} is not encoded by {self.card.name!r}", next_step="run isimed index")
-        affine, shape = self.extent(scan)
-        return Source(
-            scan,
-            row["subject"],
-            _source_affine(affine, shape, row["orientation"]),
-            (affine, shape),
-            self.lattice(scan),
-            self.frame.charts[scan],
-        )
+        return Source(scan, row["subject"], self.geometry(scan), self.lattice(scan), self.frame.charts[scan])
 
     def source_of_file(self, path: Path, device: str = "auto") -> Source:
         """A file that is not in the store, read, encoded and charted for this question; needs torch."""
@@ -229,9 +221,8 @@ class Lookup:
         encoder = load_encoder(self.snapshot.encoder_path(self.card.id), device)
         volume = prepared(scan.values(), scan.affine, self.card)
         lattice = volume_lattice(encoder, volume, self.card.stride_vox, self.frame.standard)
-        codes = str(scan.attributes.get("source_orientation", ""))
-        known = _source_affine(scan.affine, scan.shape, codes)
-        return Source(None, None, known, (scan.affine, scan.shape), lattice, fit_chart(lattice, self.frame.template))
+        geometry = ScanGeometry.of(scan.shape, scan.affine, scan.attributes)
+        return Source(None, None, geometry, lattice, fit_chart(lattice, self.frame.template))
 
     def nearest(self, source: Source, point: Sequence[float], space: Space, question: Question) -> Matches:
         """One best match per scan, ranked by descriptor distance; scans that do not show the place come last."""
@@ -252,10 +243,9 @@ class Lookup:
             away = float(np.linalg.norm(apply_affine(chart.affine, place.xyz_mm) - canonical))
             if question.within_mm is not None and away > question.within_mm:
                 continue
-            extent = self.extent(scan)
-            seen = source.chart.holds and chart.holds and in_extent(place.xyz_mm, *extent)
+            seen = source.chart.holds and chart.holds and self.geometry(scan).holds(place.xyz_mm)
             back = self._cycle(source, scan, place, at) if question.cycle else None
-            rows.append((not seen, place.distance, scan, subject, place, seen, extent, back))
+            rows.append((not seen, place.distance, scan, subject, place, seen, back))
         rows.sort(key=lambda row: row[:3])
         return Matches(self._columns(rows[: question.k], space))
 
@@ -276,8 +266,7 @@ class Lookup:
 
     def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""
-        condition = "" if question.where is None else f" WHERE ({question.where})"
-        table = self.snapshot.sql(f"SELECT scan, subject FROM scans{condition}")
+        table = self.snapshot.matching("scans", question.where)
         pairs = zip(table.column("scan").to_pylist(), table.column("subject").to_pylist(), strict=True)
         chosen = []
         for scan, subject in pairs:
@@ -313,8 +302,8 @@ class Lookup:
         columns: dict[str, list[Any]] = {name: [] for name in _MATCH_COLUMNS}
         if space != "ras":
             columns |= {axis: [] for axis in "xyz"}
-        for _, distance, scan, subject, place, seen, extent, back in rows:
-            found = self._place_columns(scan, place.xyz_mm, extent, space)
+        for _, distance, scan, subject, place, seen, back in rows:
+            found = self._place_columns(scan, place.xyz_mm, space)
             found |= {"scan": scan, "subject": subject, "distance": _finite(distance), "in_view": seen}
             # Calibrated on held-out subjects, or not given: a guess would look like a promise.
             found |= {"error_mm": None, "confidence": None, "residual_mm": _finite(place.residual_mm), "cycle_mm": back}
@@ -322,26 +311,29 @@ class Lookup:
                 values.append(found[name])
         return columns
 
-    def _place_columns(
-        self, scan: str, at: Point, extent: tuple[Affine, tuple[int, int, int]], space: Space
-    ) -> dict[str, Any]:
-        affine, shape = extent
-        own = _source_affine(affine, shape, self.snapshot.scan_row(scan)["orientation"])
+    def _place_columns(self, scan: str, at: Point, space: Space) -> dict[str, Any]:
+        own = self.geometry(scan).source_affine
         voxel = apply_affine(inverse(own), at)
         columns: dict[str, Any] = dict(zip(("x_mm", "y_mm", "z_mm"), map(float, at), strict=True))
-        columns |= {"voxel": [round(float(v), 2) for v in voxel], "label": self._label(scan, at, affine)}
+        columns |= {"voxel": [round(float(v), 2) for v in voxel], "label": self._label(scan, at)}
         if space != "ras":
             if space == "canonical":
                 asked = apply_affine(self.frame.charts[scan].affine, at)
             else:
-                asked = geometry.from_ras_mm(at, space, own)
+                asked = from_ras_mm(at, space, own)
             columns |= dict(zip("xyz", map(float, asked), strict=True))
         return columns
 
-    def _label(self, scan: str, at: Point, affine: Affine) -> str | None:
+    @cached_property
+    def _labelled(self) -> set[str]:
+        return set(self.snapshot.table("labels").column("scan").to_pylist())
+
+    def _label(self, scan: str, at: Point) -> str | None:
         """Name (or number) of the label at a place, None outside of all or where the scan has no label map."""
+        if scan not in self._labelled:
+            return None
         stored = self.stored(scan)
-        i, j, k = np.rint(apply_affine(inverse(affine), at)).astype(int).tolist()
+        i, j, k = np.rint(apply_affine(inverse(stored.affine), at)).astype(int).tolist()
         label = stored.label_at((i, j, k))
         return None if not label else stored.label_names.get(label, str(label))
 
@@ -375,7 +367,7 @@ class Lookup:
             first, scan = next((a, scan) for a, b, scan in spans if a <= row < b)
             if scan not in centres:
                 centres[scan] = _centres(self.segments[scan])
-            found = self._place_columns(scan, centres[scan][row - first], self.extent(scan), space)
+            found = self._place_columns(scan, centres[scan][row - first], space)
             found |= {"patch": row, "scan": scan, "subject": subjects[scan], "distance": distance}
             for name, values in columns.items():
                 values.append(found[name])
@@ -404,23 +396,6 @@ def follow(at: Point, a: Lattice, chart_a: Chart, b: Lattice, chart_b: Chart) ->
 def _centres(segment: Segment) -> NDArray[np.float64]:
     patches = segment.patches()
     return np.stack([patches.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1).astype(np.float64)
-
-
-def _source_affine(affine: Affine, shape: tuple[int, int, int], codes: str | None) -> Affine:
-    """Voxel → mm in the axis order of the file that the user has."""
-    return geometry.affine_in_orientation(affine, shape, codes) if codes else affine
-
-
-def in_extent(at: Point, affine: Affine, shape: tuple[int, int, int]) -> bool:
-    """Whether a place (3,) in mm lies inside a volume, up to the outer faces of its voxels."""
-    voxel = apply_affine(inverse(affine), at)
-    return bool((voxel >= -0.5).all() and (voxel <= np.array(shape) - 0.5).all())
-
-
-def _bounds(affine: Affine, shape: tuple[int, int, int]) -> tuple[Point, Point]:
-    ends = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
-    corners = apply_affine(affine, ends)
-    return corners.min(axis=0), corners.max(axis=0)
 
 
 def _text(at: Point) -> str:

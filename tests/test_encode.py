@@ -246,5 +246,5 @@ def test_processes_give_what_threads_give(tmp_path: Path) -> None:
     results = next(encode_groups(iter([[again, broken]]), "processes"))
     assert [type(done.error) for done in results] == [type(None), StoreDamaged]
     assert results[1].error is not None
-    assert results[1].error.next_step == "isimed check"
+    assert results[1].error.next_step == "restore the store from a backup, or add the file to a new one"
     np.testing.assert_array_equal(vectors_of(made[0]), vectors_of(again))

@@ -12,7 +12,7 @@ from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rig
 import isimed_index as isi
 from isimed_index import indexing
 from isimed_index.api import Store
-from isimed_index.errors import NotFound, UsageError
+from isimed_index.errors import NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
 
 
@@ -86,6 +86,42 @@ def test_a_finer_stride_is_encoded_anew_and_answers_from_then_on(store: Store):
     assert fine["sub-04_T1w"].path == coarse["sub-04_T1w"].path
     found = store.lookup(COPIES[2].moved([10, 20, 30]), "sub-02_T1w", where="scan = 'sub-03_T1w'")[0]
     np.testing.assert_allclose(found.xyz_mm, COPIES[3].moved([10, 20, 30]), atol=0.01)
+
+
+def test_a_scan_has_one_segment_and_can_go_back_to_an_earlier_stride(store: Store):
+    coarse = store.sql("SELECT count(*) AS n FROM patches").to_pylist()
+    store.index(stride_mm=8.0)
+    finer = store.index()
+    assert len(finer.encoded) == 6
+    assert len(store.snapshot.segments()) == 6
+    assert store.sql("SELECT count(*) AS n FROM patches").to_pylist() == coarse
+    assert finer.patches == coarse[0]["n"]
+
+
+def test_a_damaged_frame_is_fitted_again(store: Store):
+    frame = store.snapshot.frame_path(store.snapshot.segments()[0].encoder)
+    (frame / "template.npy").write_bytes(b"cut off")
+    store.refresh()
+    with pytest.warns(StoreWarning, match="fitted anew"):
+        store.index()
+    assert store.lookup(COPIES[2].moved([10, 20, 30]), "sub-02_T1w", same_subject="include")[0].in_view
+
+
+def test_max_ram_holds_for_an_index_that_is_there(store: Store):
+    with pytest.raises(RecallBelowTarget):
+        store.index(max_ram=100)
+
+
+@pytest.mark.parametrize(
+    "where", ["true) OR (true", "scan = 'a') UNION ALL SELECT scan FROM scans WHERE (true", "1; SELECT 1"]
+)
+def test_where_is_a_condition_and_nothing_else(store: Store, where: str):
+    with pytest.raises(SqlRefused):
+        store.index(where=where)
+
+
+def test_where_may_hold_a_comment(store: Store):
+    assert len(store.index(where="nx > 3 -- all of them").skipped) == 6
 
 
 def test_a_scan_without_a_single_patch_is_refused_and_the_rest_lands(store: Store, tmp_path: Path):

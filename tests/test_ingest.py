@@ -14,7 +14,7 @@ from scipy import ndimage
 import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import ScanRefused, UsageError
-from isimed_index.ingest import Refusal, label_centroids, read_metadata
+from isimed_index.ingest import Refusal, label_centroids, plain_number, read_metadata
 
 
 @pytest.fixture
@@ -125,6 +125,32 @@ class TestAdd:
         row = store.sql("SELECT subject, session FROM scans WHERE scan = 'sub-07_ses-b_T2w'").to_pylist()[0]
         assert row == {"subject": "sub-07", "session": "ses-b"}
 
+    def test_a_folder_per_patient_gives_each_its_subject(self, store: Store, tmp_path: Path):
+        for seed, folder in enumerate(("sub-00", "sub-01/ses-b", "P012/anat", "other")):
+            tiny_scan(tmp_path / "in" / folder / "T1.nii.gz", seed)
+        store.add([tmp_path / "in" / "sub-00", tmp_path / "in"])
+        found = {row["scan"]: (row["subject"], row["session"]) for row in store.scans().to_pylist()}
+        assert found == {
+            "sub-00_T1": ("sub-00", None),
+            "ses-b_T1": ("sub-01", "ses-b"),
+            "anat_T1": ("anat_T1", None),
+            "other_T1": ("other_T1", None),
+        }
+        subjects = store.sql("SELECT subject FROM subjects ORDER BY subject").column("subject").to_pylist()
+        assert subjects == ["anat_T1", "other_T1", "sub-00", "sub-01"]
+
+    def test_a_subject_that_is_a_scan_id_stays_unique_over_adds(self, store: Store, tmp_path: Path):
+        for seed, folder in enumerate("ab"):
+            store.add(tiny_scan(tmp_path / folder / "T1.nii.gz", seed))
+        assert store.scans().column("subject").to_pylist() == store.scans().column("scan").to_pylist() == ["T1", "b_T1"]
+
+    def test_an_expression_finds_the_subject_in_the_path_below_the_folder(self, store: Store, tmp_path: Path):
+        tiny_scan(tmp_path / "in" / "P012" / "v1" / "T1.nii.gz", 0)
+        tiny_scan(tmp_path / "in" / "P013" / "v1" / "T1.nii.gz", 1)
+        store.add(tmp_path / "in", subject_from=r"^(?P<subject>\w+)/(?P<session>v\d)/")
+        rows = store.sql("SELECT scan, subject, session FROM scans ORDER BY scan").to_pylist()
+        assert [tuple(row.values()) for row in rows] == [("v1_T1", "P012", "v1"), ("v1_T1-2", "P013", "v1")]
+
     def test_memory_holds_no_batch_of_volumes(self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         import gc
 
@@ -138,7 +164,7 @@ class TestAdd:
 
         def spy(*args):
             gc.collect()
-            alive.append(sum(isinstance(thing, Scan) for thing in gc.get_objects()))
+            alive.append(sum(type(thing) is Scan for thing in gc.get_objects()))
             return proposal(*args)
 
         monkeypatch.setattr(ingest, "_proposal", spy)
@@ -270,6 +296,46 @@ class TestMetadata:
         }
         subjects = store.sql("SELECT subject, sex FROM subjects ORDER BY subject").to_pylist()
         assert subjects == [{"subject": "P1", "sex": "1"}, {"subject": "sub-01", "sex": "2"}]
+
+    def test_metadata_that_come_too_late_are_refused_by_name(self, store: Store, tmp_path: Path):
+        for seed, name in enumerate(("same", "other", "sub-01_T1w", "absent")):
+            tiny_scan(tmp_path / "in" / f"{name}.nii", seed)
+        first = table(tmp_path / "1.csv", "scan,age,code,site,split,score\nsame,34,x,a,,3\nother,41,007,b,test,4.5\n")
+        assert store.add(tmp_path / "in", metadata=first).refused == []
+        generation = store.generation
+        assert store.add(tmp_path / "in", metadata=first).refused == []
+        second = table(
+            tmp_path / "2.csv",
+            "subject,age,code,site,split,sex,nx,score\nsame,34.0,n/a,a,,,99,3\n"
+            "other,42,7,b,train,,99,4.50\nsub-01,50,,,,F,99,low\n",
+        )
+        report = store.add(tmp_path / "in", metadata=second)
+        assert (len(report.unchanged), report.added) == (4, [])
+        assert [refusal.name for refusal in report.refused] == ["other.nii", "sub-01_T1w.nii"]
+        assert "(age, code, split)" in report.refused[0].reason
+        assert "(age, sex, score)" in report.refused[1].reason
+        assert "42" not in report.refused[0].reason
+        assert report.refused[0].kind == "scan_refused"
+        assert store.generation == generation
+
+    def test_metadata_of_a_second_copy_in_one_add_are_refused_too(self, store: Store, tmp_path: Path):
+        for name in ("a", "b"):
+            tiny_scan(tmp_path / "in" / f"{name}.nii", 0)
+        report = store.add(tmp_path / "in", metadata=table(tmp_path / "t.csv", "scan,site\na,x\nb,y\n"))
+        assert (report.added, report.unchanged) == (["a"], ["a"])
+        assert [refusal.name for refusal in report.refused] == ["b.nii"]
+
+    @pytest.mark.parametrize(
+        ("text", "value"), [("7", 7), ("-2.50", -2.5), ("1e2", 100.0), (".5", 0.5), ("0", 0), ("+3", 3)]
+    )
+    def test_plain_numbers(self, text: str, value: float):
+        found = plain_number(text)
+        assert found == value
+        assert type(found) is type(value)
+
+    @pytest.mark.parametrize("text", ["007", "1_000", "nan", "inf", "", " 3", "1e999", "0x1", "٣", "1" * 20, "1.2.3"])
+    def test_what_is_no_plain_number(self, text: str):
+        assert plain_number(text) is None
 
     def test_two_adds_with_different_columns(self, store: Store, tmp_path: Path):
         tiny_scan(tmp_path / "a.nii", 0)

@@ -18,9 +18,11 @@ from isimed_index.grid import PatchGrid
 from isimed_index.lattice import (
     FILE,
     Lattice,
+    ScanGeometry,
     Standard,
     build_lattice,
     lattice_affine,
+    read_geometry,
     read_lattice,
     write_geometry,
 )
@@ -169,6 +171,7 @@ def test_building_puts_vectors_at_their_indices() -> None:
 # -- on disk --------------------------------------------------------------------------------------------------------
 
 GRID = PatchGrid((20, 17, 30), 8, 4, OBLIQUE)
+SCAN = ScanGeometry.of((20, 17, 30), OBLIQUE, {"source_orientation": "PSR"})
 NUMBERS = np.array([0, 7, 31, len(GRID) - 1])
 
 
@@ -181,7 +184,7 @@ def segment(root: Path, mangle: str | None = None, ijk: np.ndarray | None = None
     columns |= {f"{axis}_mm": GRID.centres_mm(NUMBERS)[:, n].astype(np.float32) for n, axis in enumerate("xyz")}
     patches = pa.table({"scan": ["a"] * 4, **columns, "foreground": np.ones(4, np.float32)})
     fields = write_segment(directory, patches, {"descriptor": normal(0, 4, 5).astype(np.float16)})
-    write_geometry(directory, GRID)
+    write_geometry(directory, GRID, SCAN)
     if mangle is not None:
         (directory / FILE).write_text(mangle)
     digest = tree_digest(directory)
@@ -206,8 +209,24 @@ def test_reading_back_what_was_stored(tmp_path: Path, metric: str) -> None:
     np.testing.assert_allclose(vectors, standard.unit(stored), atol=1e-6)
 
 
+def test_the_scans_geometry_is_read_without_the_scan(tmp_path: Path) -> None:
+    found = read_geometry(segment(tmp_path))
+    assert found.shape == SCAN.shape
+    np.testing.assert_array_equal(found.affine, OBLIQUE)
+    np.testing.assert_array_equal(found.source_affine, SCAN.source_affine)
+    low, high = found.bounds_mm()
+    assert found.holds((low + high) / 2)
+    assert not found.holds(low - 100)
+
+
+def test_a_segment_without_the_scans_geometry_is_damage(tmp_path: Path) -> None:
+    content = json.dumps({"shape": list(GRID.lattice_shape), "affine": lattice_affine(GRID).tolist()})
+    with pytest.raises(StoreDamaged, match=FILE):
+        read_geometry(segment(tmp_path, content))
+
+
 def test_the_geometry_is_plain_json(tmp_path: Path) -> None:
-    write_geometry(tmp_path, GRID)
+    write_geometry(tmp_path, GRID, SCAN)
     content = json.loads((tmp_path / FILE).read_text())
     assert content["shape"] == list(GRID.lattice_shape)
     assert (content["patch_vox"], content["stride_vox"]) == (8, 4)

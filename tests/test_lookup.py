@@ -284,3 +284,27 @@ def test_a_file_without_foreground_says_so(store: Store, tmp_path: Path):
     path = write_nifti(tmp_path / "empty.nii.gz", voxels, np.diag([4.0, 4.0, 4.0, 1.0]))
     with pytest.raises(NotFound, match="no foreground"):
         store.lookup([60.0, 60.0, 60.0], path)
+
+
+def test_voxels_are_those_of_the_file_also_where_it_was_resampled(tmp_path: Path):
+    template = head()
+    affine = np.diag([-4.0, 4.0, 4.0, 1.0])  # LAS
+    affine[:3, 3] = apply_affine(template.affine, (np.array(template.values.shape) - 1) * [1, 0, 0])
+    for name in ("a", "b"):
+        write_nifti(tmp_path / f"{name}.nii", template.values[::-1].astype(np.float32), affine)
+    store = isi.create(tmp_path / "store")
+    store.add([tmp_path / "a.nii", tmp_path / "b.nii"], spacing_mm=5.0)
+    assert store.scans().num_rows == 1  # equal content is one scan: make the second differ
+    values = template.values[::-1].astype(np.float32)
+    values[0, 0, 0] += 1
+    write_nifti(tmp_path / "b.nii", values, affine)
+    store.add(tmp_path / "b.nii", spacing_mm=5.0)
+    add_random_encoder(store.path)
+    store.index()
+    file = nib.load(tmp_path / "a.nii")
+    voxel = np.array(file.shape) // 2 + [3, -2, 1]
+    at = nib.affines.apply_affine(file.affine, voxel)
+    asked = store.lookup(tuple(map(float, voxel)), "a", space="voxel", same_subject="include")
+    as_ras = store.lookup(tuple(map(float, at)), "a", space="ras", same_subject="include")
+    np.testing.assert_allclose(asked[0].xyz_mm, as_ras[0].xyz_mm, atol=1e-6)
+    np.testing.assert_allclose(nib.affines.apply_affine(file.affine, asked[0].voxel), asked[0].xyz_mm, atol=0.05)

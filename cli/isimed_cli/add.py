@@ -28,7 +28,7 @@ def add(
     ] = None,
     subject_from: Annotated[
         str | None,
-        typer.Option(metavar="REGEX", help="Finds the subject in a file's stem; BIDS names are understood without."),
+        typer.Option(metavar="REGEX", help="Finds the subject in a file's stem, or else its folders; BIDS needs none."),
     ] = None,
     spacing: Annotated[
         float | None, typer.Option(metavar="MM", min=0.1, help="Resample to this spacing; kept as it is by default.")
@@ -41,7 +41,7 @@ def add(
     Scans that are there already, by content, are left alone; a file that cannot become a scan is refused and the
     rest of the batch lands. Makes the store if there is none.
     """
-    from isimed_cli.batch import added_groups, end_batch, show_batch, write_report
+    from isimed_cli.batch import added_groups, end_batch, list_refusals, show_batch, write_report
 
     store = session.open_or_create()
     with session.progress() as progress:
@@ -56,6 +56,9 @@ def add(
             progress=progress,
         )
     groups = added_groups(done)
-    write_report(report, groups, done.refused)
-    show_batch(session, groups, done.refused)
+    try:
+        write_report(report, groups, done.refused)
+        show_batch(session, groups, done.refused)
+    finally:
+        list_refusals(done.refused)
     end_batch(sum(map(len, groups.values())), done.refused)

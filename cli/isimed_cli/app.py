@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +57,22 @@ NoProgressOption = Annotated[
     bool, typer.Option("--no-progress", envvar="ISIMED_NO_PROGRESS", help="No progress bars on stderr.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", envvar="ISIMED_DEBUG", help="Show the traceback of an error.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that an option names, checked before any work: its folder is there, and it can be written."""
+    if path is None:
+        return None
+    there = path.exists()
+    if path.is_dir():
+        raise typer.BadParameter(f"expected a file, found the folder {path.name!r}")
+    if not there and not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder for {path.name!r} does not exist")
+    if not os.access(path if there else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path.name!r} cannot be written there")
+    return path
+
+
 FormatOption = Annotated[
     Format, typer.Option("--format", "-f", envvar="ISIMED_FORMAT", help="How to write rows.", case_sensitive=False)
 ]
@@ -63,7 +80,11 @@ JsonOption = Annotated[bool, typer.Option("--json", envvar="ISIMED_JSON", help="
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", metavar="FILE", help="Write rows here; its suffix names the format unless --format does."
+        "--out",
+        "-o",
+        metavar="FILE",
+        callback=writable,
+        help="Write rows here; its suffix names the format unless --format does.",
     ),
 ]
 
@@ -141,14 +162,19 @@ class Session:
     def open_or_create(self) -> Store:
         """Open the store for writing, making a new one where there is none yet."""
         import isimed_index
-        from isimed_index.errors import StoreNotFound
+        from isimed_index.errors import StoreNotFound, UsageError
 
         try:
             return isimed_index.open(self.store, mode="a")
         except StoreNotFound:
-            store = isimed_index.create(self.store)
-            self.note(f"new store {self.store}")
-            return store
+            try:
+                store = isimed_index.create(self.store)
+            except UsageError:
+                with suppress(StoreNotFound):
+                    return isimed_index.open(self.store, mode="a")  # another process has just made it
+                raise
+        self.note(f"new store {self.store}")
+        return store
 
     def note(self, text: str) -> None:
         """A remark for a person, on stderr; silent with --quiet."""
@@ -202,12 +228,15 @@ def command(
 
 def _run(function: Callable[..., None], shared: dict[str, Any], own: dict[str, Any]) -> None:
     """Build the session, call the command, and turn what goes wrong into one line and an exit code."""
+    from isimed_cli.render import check_format
     from isimed_index.errors import IsimedError
 
+    takes_out = "out" in shared
     as_json, chosen = shared.pop("as_json", False), shared.pop("output_format", Format.TABLE)
     session = Session(format=Format.JSON if as_json else chosen, **shared)
     try:
         with _messages(session):
+            check_format(session.format, session.out, takes_out=takes_out)
             function(session, **own)
     except IsimedError as error:
         _fail(session, error.line(), error.exit_code)

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from isimed_index.api import AddReport, Refusal, Store
 
 
-def add_first(session: Session, paths: Sequence[Path] | None) -> tuple[Store, Sequence[Refusal]]:
-    """Open the store for writing, after adding `paths` (and making the store) when there are any."""
+def add_first(session: Session, paths: Sequence[Path] | None) -> tuple[Store, list[Refusal]]:
+    """Open the store for writing, after adding `paths` (and making the store) when there are any.
+
+    The refusals are the caller's to list, also when what comes next fails.
+    """
     if not paths:
         return session.open(mode="a"), []
     store = session.open_or_create()
     with session.progress() as progress:
         report = store.add(paths, progress=progress)
     session.note(counts(added_groups(report), report.refused))
-    return store, report.refused
+    return store, list(report.refused)
 
 
 def added_groups(report: AddReport) -> dict[str, list[str]]:
@@ -62,11 +65,15 @@ def write_report(path: Path | None, groups: Mapping[str, Any], refused: Sequence
         path.write_text(to_json({**groups, "refused": listed}, indent=2) + "\n", encoding="utf-8")
 
 
-def end_batch(landed: int, refused: Sequence[Refusal]) -> None:
-    """List refusals on stderr; exit 3 when some of the batch landed, 1 when nothing did, 0 without refusals."""
+def list_refusals(refused: Sequence[Refusal]) -> None:
+    """Each refused file and why, one line each on stderr."""
     for item in refused:
         where = "" if item.name in item.reason else f"{item.name}: "  # most reasons name their file themselves
         line = " ".join(f"error[{item.kind}]: {where}{item.reason}".split()).rstrip(".")
         print(f"{line}. Next: {item.next_step}" if item.next_step else f"{line}.", file=sys.stderr)
+
+
+def end_batch(landed: int, refused: Sequence[Refusal]) -> None:
+    """Exit 3 when some of the batch landed, 1 when nothing did, 0 without refusals."""
     if refused:
         raise typer.Exit(PARTIAL if landed else 1)

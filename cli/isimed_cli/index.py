@@ -20,7 +20,7 @@ def index(
     ] = None,
     where: WhereOption = None,
     scheduler: Annotated[
-        str, typer.Option(metavar="threads|processes|cuda|ADDRESS", help="Where Dask encodes.")
+        str, typer.Option(metavar="threads|processes|ADDRESS", help="Where Dask encodes.")
     ] = "threads",
     device: DeviceOption = "auto",
     min_recall: Annotated[
@@ -39,33 +39,36 @@ def index(
     Fits the canonical frame and measures the index's recall against exact search. PATHs are added first.
     Scans that are encoded already are skipped, so the same command goes on where it stopped.
     """
-    from isimed_cli.batch import add_first, end_batch, write_report
+    from isimed_cli.batch import add_first, end_batch, list_refusals, write_report
     from isimed_cli.render import show_fields
 
-    store, refused_files = add_first(session, paths)
-    with session.progress() as progress:
-        done = store.index(
-            encoder=encoder,
-            stride_mm=stride,
-            where=where,
-            scheduler=scheduler,
-            device=device,
-            min_recall=min_recall,
-            max_ram=max_ram,
-            progress=progress,
-        )
-    refused = [*refused_files, *done.refused]
-    fields: dict[str, Any] = {
-        "encoder": done.encoder,
-        "encoded": list(done.encoded),
-        "skipped": list(done.skipped),
-        "refused": [item.name for item in refused],
-        "patches": done.patches,
-        "recall_at_10": done.recall_at_10,
-        "index_kind": done.index_kind,
-    }
-    write_report(report, fields, refused)
-    if session.format is Format.TABLE:
-        fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
-    show_fields(fields, session.format)
+    store, refused = add_first(session, paths)
+    try:
+        with session.progress() as progress:
+            done = store.index(
+                encoder=encoder,
+                stride_mm=stride,
+                where=where,
+                scheduler=scheduler,
+                device=device,
+                min_recall=min_recall,
+                max_ram=max_ram,
+                progress=progress,
+            )
+        refused += done.refused
+        fields: dict[str, Any] = {
+            "encoder": done.encoder,
+            "encoded": list(done.encoded),
+            "skipped": list(done.skipped),
+            "refused": [item.name for item in refused],
+            "patches": done.patches,
+            "recall_at_10": done.recall_at_10,
+            "index_kind": done.index_kind,
+        }
+        write_report(report, fields, refused)
+        if session.format is Format.TABLE:
+            fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
+        show_fields(fields, session.format)
+    finally:
+        list_refusals(refused)
     end_batch(len(done.encoded) + len(done.skipped), refused)

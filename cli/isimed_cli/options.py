@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from isimed_cli.app import writable
+
 Point = tuple[float, float, float]
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
@@ -73,7 +75,8 @@ WhereOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run the network.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 ReportOption = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write what was done and refused here, as JSON.")
+    Path | None,
+    typer.Option("--report", metavar="FILE", callback=writable, help="Write what was done and refused here, as JSON."),
 ]
 # typer reads the type of an option only where it has no parser, and refuses tuples and unions: hence Any.
 PointOption = Annotated[

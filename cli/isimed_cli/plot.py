@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isimed_cli.app import Session, command
+from isimed_cli.app import Session, command, writable
 from isimed_cli.options import (
     EncoderOption,
     PointOption,
@@ -33,7 +33,10 @@ class Figure(StrEnum):
 def plot(
     session: Session,
     figure: Annotated[Figure, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", callback=writable, help="Picture to write: .png, .svg or .pdf."),
+    ],
     point: PointOption = None,
     scan: ScanOption = None,
     space: SpaceOption = Space.RAS,

@@ -51,27 +51,30 @@ def pretrain(
     Prints the id of its card. PATHs are added first. The encoder is stored with its card: weights,
     preprocessing, patch and spacing.
     """
-    from isimed_cli.batch import add_first, end_batch
+    from isimed_cli.batch import add_first, end_batch, list_refusals
     from isimed_cli.render import show_fields
 
     store, refused = add_first(session, paths)
-    with session.progress() as progress:
-        card = store.pretrain(
-            method=method.value,
-            preset=preset.value,
-            config=config,
-            epochs=epochs,
-            batch_scans=batch_scans,
-            patches_per_scan=patches_per_scan,
-            device=device,
-            resume=resume,
-            name=name,
-            where=where,
-            seed=seed,
-            progress=progress,
-        )
-    if session.format is Format.TABLE:
-        print(card.id)
-    else:
-        show_fields({"encoder": card.id, "name": card.name}, session.format)
+    try:
+        with session.progress() as progress:
+            card = store.pretrain(
+                method=method.value,
+                preset=preset.value,
+                config=config,
+                epochs=epochs,
+                batch_scans=batch_scans,
+                patches_per_scan=patches_per_scan,
+                device=device,
+                resume=resume,
+                name=name,
+                where=where,
+                seed=seed,
+                progress=progress,
+            )
+        if session.format is Format.TABLE:
+            print(card.id)
+        else:
+            show_fields({"encoder": card.id, "name": card.name}, session.format)
+    finally:
+        list_refusals(refused)
     end_batch(1, refused)

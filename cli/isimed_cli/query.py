@@ -51,4 +51,9 @@ def query(
         exact=exact,
         encoder=encoder,
     )
-    show_table(matches.to_arrow(), session.format, session.out)
+    table = matches.to_arrow()
+    if not table.num_rows and same_subject is SameSubject.EXCLUDE:
+        limits = [f"a wider {name}" for name, value in (("--where", where), ("--within", within)) if value is not None]
+        steps = ", ".join(["--same-subject include", *limits])
+        session.note(f"no scan of another subject is left to answer. Next: {steps}, or index more scans")
+    show_table(table, session.format, session.out)

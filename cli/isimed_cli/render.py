@@ -31,6 +31,17 @@ _SUFFIXES = {
 }
 
 
+def check_format(output_format: Format, out: Path | None, *, takes_out: bool) -> None:
+    """`UsageError` when rows cannot be written as asked; a command that has no --out never writes binary formats."""
+    if out is not None:
+        _format_of(out, output_format)
+    elif output_format in (Format.ARROW, Format.PARQUET):
+        raise UsageError(
+            f"{output_format} is a binary format and needs a file",
+            next_step="add --out FILE" if takes_out else "leave out --format, or choose json, ndjson or csv",
+        )
+
+
 def show_table(table: pa.Table, output_format: Format, out: Path | None = None) -> None:
     """Write an Arrow table to stdout, or to `out` in the format asked for or named by its suffix."""
     if out is None:
@@ -51,8 +62,6 @@ def show_table(table: pa.Table, output_format: Format, out: Path | None = None) 
 
 def show_columns(columns: Columns, output_format: Format) -> None:
     """Write columns of equal length to stdout."""
-    if output_format in (Format.ARROW, Format.PARQUET):
-        raise UsageError(f"{output_format} is a binary format and needs a file", next_step="add --out FILE")
     sys.stdout.write(as_text(columns, output_format))
 
 

@@ -56,13 +56,11 @@ def sql(
 
 
 def parse_parameter(text: str) -> tuple[str, str | int | float]:
-    """`name=value` → name and value, as a number where it reads as one."""
+    """`name=value` → name and value, as a number where a metadata table would read it as one (`007` is text)."""
+    from isimed_index.ingest import plain_number
+
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"expected -p NAME VALUE, found {text!r}", next_step="isimed sql --help")
-    for number in (int, float):
-        try:
-            return name, number(value)
-        except ValueError:
-            continue
-    return name, value
+    number = plain_number(value)
+    return name, value if number is None else number

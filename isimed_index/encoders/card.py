@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from isimed_index.contracts import Metric as Metric
 from isimed_index.contracts import validate
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
 from isimed_index.scans.prepare import Intensity
 
 CARD = "card.json"
 WEIGHTS = "weights.safetensors"
-Metric = Literal["cosine", "l2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,7 @@ def read_card(directory: Path) -> EncoderCard:
         fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreDamaged(
-            f"the encoder card {CARD} in {directory.name} cannot be read", next_step="isimed check"
+            f"the encoder card {CARD} in {directory.name} cannot be read",
+            next_step="restore the store from a backup, or train again",
         ) from error
     return EncoderCard.from_json(fields)

@@ -103,8 +103,3 @@ def build_network(factory: str, outputs: Mapping[str, int], arguments: Mapping[s
         return _FACTORIES[factory](outputs=outputs, **arguments)
     except TypeError as error:
         raise EncoderMismatch(f"the network {factory} cannot be built: {error}") from error
-
-
-def parameter_count(network: nn.Module) -> int:
-    """How many trainable numbers a network holds."""
-    return sum(parameter.numel() for parameter in network.parameters())

@@ -124,11 +124,13 @@ def load_encoder(directory: Path, device: str = "auto") -> TorchEncoder:
         state = load_tensors(data)
     except (OSError, SafetensorError) as error:
         raise StoreDamaged(
-            f"the weights {WEIGHTS} of encoder {card.id} are missing or cut off", next_step="isimed check"
+            f"the weights {WEIGHTS} of encoder {card.id} are missing or cut off",
+            next_step="restore the store from a backup, or train again",
         ) from error
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
         raise EncoderMismatch(
-            f"the weights of encoder {card.id} do not match the hash on its card", next_step="isimed check"
+            f"the weights of encoder {card.id} do not match the hash on its card",
+            next_step="restore the store from a backup, or train again",
         )
     network = build_network(card.factory, card.outputs, card.network)
     try:

@@ -102,15 +102,11 @@ def _p95(values: Sequence[float]) -> float:
 
 def _heads(lookup: Lookup, where: str | None, label_where: str | None, progress: Progress) -> dict[str, _Head]:
     snapshot = lookup.snapshot
-    condition = " AND ".join(
-        [f"voxels >= {MIN_VOXELS}"]
-        + ([f"({label_where})"] if label_where else [])
-        + ([f"scan IN (SELECT scan FROM scans WHERE ({where}))"] if where else [])
-    )
-    rows = snapshot.sql(f"SELECT scan, label, x_mm, y_mm, z_mm FROM labels WHERE {condition}").to_pylist()
+    chosen = set(snapshot.matching("scans", where).column("scan").to_pylist())
+    rows = snapshot.matching("labels", label_where).to_pylist()
     landmarks: dict[str, dict[int, NDArray[np.float64]]] = {}
     for row in rows:
-        if row["scan"] in lookup.segments:
+        if row["scan"] in chosen & lookup.segments.keys() and row["voxels"] >= MIN_VOXELS:
             xyz = np.array([row["x_mm"], row["y_mm"], row["z_mm"]])
             landmarks.setdefault(row["scan"], {})[row["label"]] = xyz
     if len(landmarks) < 2:

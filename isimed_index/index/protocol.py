@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from isimed_index.contracts import Metric as Metric
 from isimed_index.errors import UsageError
 
-Metric = Literal["l2", "cosine"]
 Vectors: TypeAlias = NDArray[np.floating[Any]]  # (n, d), float16, float32 or float64, may be memory-mapped
 RowIds: TypeAlias = NDArray[np.int64]
 Block: TypeAlias = tuple[RowIds, Vectors]  # row ids (n,), strictly ascending, and their vectors (n, d)

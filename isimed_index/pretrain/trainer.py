@@ -16,7 +16,7 @@ from isimed_index.config import PretrainConfig
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.networks import Network, build_network
 from isimed_index.encoders.runtime import choose_device
-from isimed_index.errors import TrainingDiverged
+from isimed_index.errors import TrainingDiverged, TrainingWarning
 from isimed_index.pretrain import checkpoint
 from isimed_index.pretrain.monitor import collapse_warning, spread
 from isimed_index.pretrain.objective import Losses, joint_loss
@@ -151,7 +151,7 @@ def _end_epoch(
     figures = spread(losses.embeddings, losses.centres_mm, losses.scan_of, config.unit_mm)
     warning = collapse_warning(figures)
     if warning:
-        warnings.warn(warning, RuntimeWarning, stacklevel=3)
+        warnings.warn(warning, TrainingWarning, stacklevel=3)
     entry: dict[str, float | None] = {"epoch": step // per_epoch + 1, "step": step + 1, "patches_per_s": round(rate, 1)}
     entry |= {key: round(value / per_epoch, 6) for key, value in sums.items()}
     entry |= {key: round(value, 6) if math.isfinite(value) else None for key, value in figures.items()}

@@ -33,11 +33,11 @@ def draw_umap(lookup: Lookup, where: str | None, seed: int, most: int, out: Path
     """UMAP of at most `most` patches of the scans that `where` keeps, coloured by canonical position."""
     from isimed_index.project import umap
 
-    condition = "" if where is None else f" AND scan IN (SELECT scan FROM scans WHERE ({where}))"
+    scans = lookup.snapshot.matching("scans", where).column("scan").to_pylist()
     rows = lookup.snapshot.sql(
         "SELECT patch, cx_mm, cy_mm, cz_mm FROM patches "
-        f"WHERE encoder = $encoder AND cx_mm IS NOT NULL{condition} ORDER BY patch",
-        {"encoder": lookup.card.id},
+        "WHERE encoder = $encoder AND cx_mm IS NOT NULL AND list_contains($scans, scan) ORDER BY patch",
+        {"encoder": lookup.card.id, "scans": scans},
     )
     if not rows.num_rows:
         raise NotFound("no patch of this encoder is stored for these scans", next_step="isimed index")

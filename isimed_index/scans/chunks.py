@@ -85,11 +85,6 @@ class StoredScan:
         nx, ny, nz = self._image.shape
         return nx, ny, nz
 
-    @property
-    def has_labels(self) -> bool:
-        """Whether a label map lies beside the image."""
-        return self._labels is not None
-
     def voxels(self, box: Box | None = None) -> NDArray[Any]:
         """Stored voxels of the box (all without one), background outside of the scan; `StoreDamaged` if unreadable."""
         return self._read(self._image, box, self.background)
@@ -201,5 +196,5 @@ def _damage(directory: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise StoreDamaged(
             f"stored scan {directory.name} is missing, incomplete or damaged ({type(error).__name__})",
-            next_step="isimed check",
+            next_step="restore the store from a backup, or add the file to a new one",
         ) from error

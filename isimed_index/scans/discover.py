@@ -55,7 +55,7 @@ def unique_ids(paths: Sequence[Path], taken: Collection[str]) -> list[str]:
     for path in paths:
         name = stem(path)
         if repeated[name] > 1 or name in used:
-            name = f"{path.resolve().parent.name}_{name}"
+            name = f"{_folders(path)[0]}_{name}"
         candidate, number = name, 2
         while candidate in used:
             candidate, number = f"{name}-{number}", number + 1
@@ -83,20 +83,36 @@ def without_labels(paths: Iterable[Path], pattern: str) -> list[Path]:
     return [image for image in images if image.resolve() not in labels]
 
 
-def subject_and_session(stem: str, regex: str | None = None) -> tuple[str, str | None]:
-    """Subject and session of a file's stem.
+def subject_and_session(
+    path: Path, folder: Path | None = None, regex: str | None = None
+) -> tuple[str | None, str | None]:
+    """Subject and session of a file that was found in `folder` (None: it was given by itself), by its names alone.
 
-    With `regex`, its group `subject` (or else the first group) and its group `session`, where it matches; otherwise the
-    BIDS entities `sub-…` and `ses-…`; otherwise the stem itself and None. `UsageError` when the expression is malformed
-    or has no group.
+    Without `regex`, the BIDS entities `sub-…` and `ses-…`: each from the stem, or else from the nearest parent folder
+    that has it. With `regex`, its group `subject` (or else the first group) and its group `session`, from the first
+    that it matches of the stem, the path below `folder` without suffix (`P012/anat/T1`), and the parent folders,
+    nearest first. What is not found is None. `UsageError` when the expression is malformed or has no group.
     """
-    if regex is not None:
-        match = _compiled(regex).search(stem)
+    name, folders = stem(path), _folders(path)
+    if regex is None:
+        entities: dict[str, str] = {}
+        for text in (name, *folders):
+            entities = {key: entity for entity, key in _BIDS_ENTITY.findall(text)} | entities
+        return entities.get("sub"), entities.get("ses")
+    pattern = _compiled(regex)
+    below = [] if folder is None else [(path.relative_to(folder).parent / name).as_posix()]
+    for text in (name, *below, *folders):
+        match = pattern.search(text)
         groups = match.groupdict() if match else {}
         subject = groups.get("subject") or (match.group(1) if match and "subject" not in groups else None)
-        return subject or stem, groups.get("session")
-    entities = {key: entity for entity, key in _BIDS_ENTITY.findall(stem)}
-    return entities.get("sub", stem), entities.get("ses")
+        if subject:
+            return subject, groups.get("session")
+    return None, None
+
+
+def _folders(path: Path) -> list[str]:
+    """Names of the folders that a file lies in, nearest first; a link lies where it is, not where it points to."""
+    return [parent.name for parent in Path(os.path.normpath(path.absolute())).parents]
 
 
 def _compiled(regex: str) -> re.Pattern[str]:

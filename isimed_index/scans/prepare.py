@@ -64,12 +64,14 @@ class Volume:
 def prepare(values: NDArray[np.float32], affine: Affine, spacing_mm: float | None, intensity: Intensity) -> Volume:
     """Physical values (x, y, z) → working volume at isotropic `spacing_mm` (None keeps the scan's own grid).
 
-    The background is the least scaled value; foreground is what lies more than 0.2 above it, so no mask is needed.
+    The background is where the low percentile lies after scaling, not the least value: one dark outlier, or a CT's
+    padding at -3024, would make all air a body. It holds while such voxels are fewer than that percentile. Foreground
+    is what lies more than 0.2 above the background, so no mask is needed.
     """
     if spacing_mm is not None:
         values, affine = resample(values, affine, spacing_mm)
     scaled = intensity.scale(values)
-    background = float(scaled.min())
+    background = intensity.low
     return Volume(scaled, affine, background, scaled > background + FOREGROUND_STEP)
 
 

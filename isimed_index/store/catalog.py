@@ -47,9 +47,23 @@ _CONFIG = {
 
 def run(snapshot: Snapshot, query: str, params: Mapping[str, Any] | None, timeout_s: float) -> pa.Table:
     """The result of one read-only statement; `SqlRefused` when it is not one, fails, or passes a limit."""
-    with duckdb.connect(":memory:", config=_CONFIG) as connection:
+
+    def ask(connection: Any) -> Any:
         statement = _checked_statement(connection, query)
-        used = sum(_fill(connection, name, table) for name, table in _tables(snapshot, query).items())
+        return connection.sql(statement, params=dict(params)) if params else connection.sql(statement)
+
+    return _answer(snapshot, query, ask, timeout_s)
+
+
+def matching(snapshot: Snapshot, view: StoredTable, where: str, timeout_s: float) -> pa.Table:
+    """The rows of a view that an SQL condition keeps; `SqlRefused` when it is anything else than a condition."""
+    return _answer(snapshot, f"{view} {where}", lambda connection: connection.table(view).filter(where), timeout_s)
+
+
+def _answer(snapshot: Snapshot, mentioned: str, ask: Callable[[Any], Any], timeout_s: float) -> pa.Table:
+    """What `ask` reads from a locked database that holds the views named in `mentioned`."""
+    with duckdb.connect(":memory:", config=_CONFIG) as connection:
+        used = sum(_fill(connection, name, table) for name, table in _tables(snapshot, mentioned).items())
         connection.execute(f"SET memory_limit = '{used + QUERY_BYTES} B'")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -63,7 +77,7 @@ def run(snapshot: Snapshot, query: str, params: Mapping[str, Any] | None, timeou
         timer.daemon = True
         timer.start()
         try:
-            return _fetch(connection, statement, params)
+            return _fetch(ask(connection))
         except (duckdb.Error, OSError, pa.ArrowException) as error:
             if late.is_set():
                 raise SqlRefused(f"the query ran past {timeout_s:g} s", next_step="raise the time-out") from None
@@ -96,8 +110,7 @@ def _fill(connection: Any, name: str, table: pa.Table) -> int:
     return int(table.nbytes)
 
 
-def _fetch(connection: Any, statement: Any, params: Mapping[str, Any] | None) -> pa.Table:
-    relation = connection.sql(statement, params=dict(params)) if params else connection.sql(statement)
+def _fetch(relation: Any) -> pa.Table:
     reader = relation.to_arrow_reader(_BATCH_ROWS)
     batches = []
     size = 0
@@ -175,7 +188,7 @@ def _charts(snapshot: Snapshot, encoder_id: str) -> dict[str, Any]:
         cells = [table.column(f"a{row}{column}").to_numpy() for row in range(3) for column in range(4)]
         scans = table.column("scan").to_pylist()
     except (OSError, KeyError, pa.ArrowException):
-        raise StoreDamaged("the charts of a frame cannot be read", next_step="isimed check") from None
+        raise StoreDamaged("the charts of a frame cannot be read", next_step="isimed index") from None
     return dict(zip(scans, np.stack(cells, axis=1).astype(np.float64).reshape(-1, 3, 4), strict=True))
 
 

@@ -50,7 +50,7 @@ def check_references(kept: Sequence[Artefact], added: Sequence[Artefact]) -> Non
         if artefact.kind in ("segment", "frame", "index") and encoder not in encoders:
             raise EncoderMismatch(
                 f"a {artefact.kind} was made by the encoder {str(encoder)[:12]!r}, which is not in the store",
-                next_step="isimed ls --encoders",
+                next_step="isimed ls encoders",
             )
         if artefact.kind == "segment" and artefact.fields["scan_artefact"] not in scans:
             raise UsageError("a segment was made from a scan that is not in the store")

@@ -20,6 +20,7 @@ INTENTS = "intents"
 TMP = "tmp"
 CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
+RESTORE = "restore the store from a backup, or add its files to a new one"  # no command mends what is not derived
 FOLDERS = {
     "scan": "scans",
     "encoder": "encoders",

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from isimed_index.errors import StoreDamaged
-from isimed_index.store.files import tree_digest, tree_size
+from isimed_index.store.files import RESTORE, tree_digest, tree_size
 from isimed_index.store.manifest import Artefact
 
 
@@ -44,4 +44,5 @@ def _verify_hash(root: Path, relative: str, kind: str, size: int, count: int, sh
 
 
 def _damaged(artefact: Artefact, what: str) -> StoreDamaged:
-    return StoreDamaged(f"the {artefact.kind} {Path(artefact.path).name} {what}", next_step="isimed check")
+    step = "isimed index" if artefact.kind in ("frame", "index") else RESTORE  # what can be derived again
+    return StoreDamaged(f"the {artefact.kind} {Path(artefact.path).name} {what}", next_step=step)

@@ -45,9 +45,9 @@ def unseal(content: bytes, name: str) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(content)
         sealed = seal(document)
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise StoreDamaged(f"{name} is not a sealed JSON document", next_step="isimed check") from None
+        raise StoreDamaged(f"{name} is not a sealed JSON document", next_step=files.RESTORE) from None
     if content != sealed:
-        raise StoreDamaged(f"{name} does not match its own hash", next_step="isimed check")
+        raise StoreDamaged(f"{name} does not match its own hash", next_step=files.RESTORE)
     return document
 
 
@@ -78,7 +78,7 @@ class Artefact:
         own = ("kind", "path", "bytes", "files", "sha256")
         kind, path, size, count, digest = (entry[key] for key in own)
         if not _ARTEFACT_PATH.fullmatch(path) or files.FOLDERS.get(kind) != path.split("/")[0]:
-            raise StoreDamaged("a manifest names an artefact outside its folder", next_step="isimed check")
+            raise StoreDamaged("a manifest names an artefact outside its folder", next_step=files.RESTORE)
         return cls(kind, path, size, count, digest, {key: entry[key] for key in entry if key not in own})
 
 
@@ -132,7 +132,7 @@ class Manifest:
                 format_version=document["format_version"],
             )
         except (KeyError, TypeError, ValueError):
-            raise StoreDamaged(f"{name} is not a manifest", next_step="isimed check") from None
+            raise StoreDamaged(f"{name} is not a manifest", next_step=files.RESTORE) from None
 
     @property
     def sha256(self) -> str:
@@ -171,7 +171,7 @@ def listed(root: Path) -> list[int]:
     try:
         names = [path.stem for path in (root / files.MANIFESTS).iterdir() if path.suffix == ".json"]
     except OSError:
-        raise StoreDamaged("the store's folder of manifests is missing", next_step="isimed check") from None
+        raise StoreDamaged("the store's folder of manifests is missing", next_step=files.RESTORE) from None
     return sorted(int(name) for name in names if len(name) == _DIGITS and name.isdecimal())
 
 
@@ -183,10 +183,10 @@ def load(root: Path, generation: int) -> Manifest:
     except FileNotFoundError:
         raise NotFound(f"the store has no generation {generation}", next_step="isimed log") from None
     except OSError as error:
-        raise StoreDamaged(f"{path.name} cannot be read ({error.strerror})", next_step="isimed check") from None
+        raise StoreDamaged(f"{path.name} cannot be read ({error.strerror})", next_step=files.RESTORE) from None
     manifest = Manifest.from_bytes(content, path.name)
     if manifest.generation != generation:
-        raise StoreDamaged(f"{path.name} holds generation {manifest.generation}", next_step="isimed check")
+        raise StoreDamaged(f"{path.name} holds generation {manifest.generation}", next_step=files.RESTORE)
     return manifest
 
 

@@ -38,7 +38,8 @@ class Repository:
     def create(path: Path) -> Repository:
         """Make an empty store at `path`, a folder that is empty or does not exist; `UsageError` otherwise.
 
-        `FORMAT.json` appears last: a folder without it is no store, and creating there again completes it.
+        `FORMAT.json` appears last: a folder without it is no store, and creating there again completes it. Of several
+        processes that create at once, one succeeds; to the others it is a store already, which they can open.
         """
         path = path.absolute()
         _refuse_occupied(path)
@@ -66,15 +67,19 @@ class Repository:
     def open(path: Path) -> Repository:
         """The store at `path`; `StoreNotFound`, `StoreDamaged` or `Incompatible` when it cannot be read.
 
-        Opening reads `FORMAT.json` only; `snapshot` verifies the manifest.
+        Opening reads `FORMAT.json` only; `snapshot` verifies the manifest. A folder in which a creation was cut short,
+        or is still under way, is no store yet.
         """
         path = path.absolute()
-        if not path.is_dir() or not ((path / files.FORMAT).exists() or (path / files.MANIFESTS).is_dir()):
-            raise StoreNotFound(f"there is no store at {path.name}", next_step="isimed add -s STORE PATH…")
+        committed = _committed(path)  # before FORMAT.json is looked for, which a new store has earlier
         try:
             content = (path / files.FORMAT).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if committed:
+                raise StoreDamaged(f"{files.FORMAT} is missing", next_step=files.RESTORE) from None
+            raise StoreNotFound(f"there is no store at {path.name}", next_step="isimed add -s STORE PATH…") from None
         except OSError as error:
-            raise StoreDamaged(f"{files.FORMAT} cannot be read ({error.strerror})", next_step="isimed check") from None
+            raise StoreDamaged(f"{files.FORMAT} cannot be read ({error.strerror})", next_step=files.RESTORE) from None
         check_version(unseal(content, files.FORMAT))
         return Repository(path)
 
@@ -95,7 +100,7 @@ class Repository:
         if behind:
             warnings.warn(
                 f"generation {expected} of the store is damaged or missing; reading generation "
-                f"{manifest.generation}, the last good one. Next: isimed check",
+                f"{manifest.generation}, the last good one. Next: {files.RESTORE}",
                 StoreWarning,
                 stacklevel=2,
             )
@@ -111,7 +116,7 @@ class Repository:
                 return load(self.path, generation), expected
             except StoreDamaged:
                 continue
-        raise StoreDamaged("no generation of the store can be read", next_step="isimed check")
+        raise StoreDamaged("no generation of the store can be read", next_step=files.RESTORE)
 
     def generations(self) -> list[Generation]:
         """The store's history, oldest first; a damaged generation is left out with a `StoreWarning`."""
@@ -124,13 +129,19 @@ class Repository:
         return Transaction(self, verb)
 
 
+def _committed(path: Path) -> bool:
+    """Whether anything was committed there after generation 0, which creation writes."""
+    return (path / files.MANIFESTS).is_dir() and max(listed(path), default=0) > 0
+
+
 def _refuse_occupied(path: Path) -> None:
-    if (path / files.FORMAT).exists():
-        raise UsageError(f"{path.name} is a store already", next_step="open it, or choose another path")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path.name} is a file, expected an empty folder", next_step="choose another path")
     ours = {*files.FOLDERS.values(), files.MANIFESTS, files.INTENTS, files.TMP}
     known = {path / name for name in ours}
-    occupied = path.exists() and any(entry not in known for entry in path.iterdir())
-    if occupied or ((path / files.MANIFESTS).is_dir() and max(listed(path), default=0) > 0):
+    occupied = path.exists() and (any(entry not in known for entry in path.iterdir()) or _committed(path))
+    # After the look inside: what another process has made there meanwhile is a store, not a folder in use.
+    if (path / files.FORMAT).exists():
+        raise UsageError(f"{path.name} is a store already", next_step="open it, or choose another path")
+    if occupied:
         raise UsageError(f"{path.name} is not empty", next_step="choose an empty folder or a new path")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from isimed_index.contracts import conform
 from isimed_index.errors import NotFound, StoreDamaged, UsageError
+from isimed_index.store.files import RESTORE
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact
 
@@ -81,22 +82,26 @@ class Segment:
         outputs: Mapping[str, Mapping[str, Any]] = self.artefact.fields["outputs"]
         return outputs
 
+    def verified(self) -> Path:
+        """Where it is on disk; `StoreDamaged` when it is missing or not as committed."""
+        return verify(self.root, self.artefact)
+
     def vectors(self, output: str) -> NDArray[np.floating[Any]]:
         """One output as a read-only memory map (n, d); `NotFound`, or `StoreDamaged` when it is not as committed."""
         if output not in self.outputs:
             raise NotFound(f"no output {output!r} in the segment; there are {', '.join(sorted(self.outputs))}")
-        return _open_vectors(verify(self.root, self.artefact), output, self.rows, self.outputs[output])
+        return _open_vectors(self.verified(), output, self.rows, self.outputs[output])
 
     def patches(self) -> pa.Table:
         """Patch rows (n): scan, i, j, k, x_mm, y_mm, z_mm (patient RAS+) and foreground."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = verify(self.root, self.artefact) / PATCHES
+        path = self.verified() / PATCHES
         try:
             table = pq.read_table(path, partitioning=None)
         except (OSError, pa.ArrowException):
-            raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step="isimed check") from None
+            raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=RESTORE) from None
         if table.num_rows != self.rows:
             raise StoreDamaged(f"{PATCHES} of a segment has {table.num_rows} rows, expected {self.rows}")
         return table
@@ -145,13 +150,13 @@ def _open_vectors(directory: Path, output: str, rows: int, form: Mapping[str, An
         # A memory map of nothing is refused by the operating system, so an empty array is read.
         vectors = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        raise StoreDamaged(f"{file.name} of a segment cannot be read", next_step="isimed check") from None
+        raise StoreDamaged(f"{file.name} of a segment cannot be read", next_step=RESTORE) from None
     expected = ((rows, form["dim"]), form["dtype"])
     if (vectors.shape, vectors.dtype.name) != expected:
         raise StoreDamaged(
             f"{file.name} of a segment is {vectors.dtype} of shape {vectors.shape}, "
             f"expected {expected[1]} of shape {expected[0]}",
-            next_step="isimed check",
+            next_step=RESTORE,
         )
     opened: NDArray[np.floating[Any]] = vectors
     return opened

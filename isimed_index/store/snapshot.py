@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from isimed_index.contracts import arrow_schema
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
-from isimed_index.store.files import CARD
+from isimed_index.store.files import CARD, RESTORE
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact, Manifest
 
@@ -71,9 +71,9 @@ class Snapshot:
             try:
                 piece = pq.read_table(path, partitioning=None)
             except (OSError, pa.ArrowException):
-                raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step="isimed check") from None
+                raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step=RESTORE) from None
             if piece.num_rows != artefact.fields["rows"]:
-                raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step="isimed check")
+                raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step=RESTORE)
             pieces.append(piece)
         return pa.concat_tables(pieces, promote_options="permissive")
 
@@ -98,7 +98,7 @@ class Snapshot:
         for artefact in self.artefacts("scan"):
             if artefact.path == relative:
                 return self.verified(artefact)
-        raise StoreDamaged(f"the voxels of scan {scan_id!r} are not in the manifest", next_step="isimed check")
+        raise StoreDamaged(f"the voxels of scan {scan_id!r} are not in the manifest", next_step=RESTORE)
 
     @cached_property
     def scan_of(self) -> Mapping[str, str]:
@@ -112,7 +112,7 @@ class Snapshot:
         try:
             card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise StoreDamaged("an encoder's card cannot be read", next_step="isimed check") from None
+            raise StoreDamaged("an encoder's card cannot be read", next_step=RESTORE) from None
         return card
 
     def encoder_artefact(self, encoder: str | None = None) -> Artefact:
@@ -132,7 +132,7 @@ class Snapshot:
         known = [name for artefact in encoders for name in (self.card(artefact)["name"], artefact.fields["encoder"])]
         if begun:
             raise NotFound(f"{encoder!r} is the beginning of {len(begun)} encoder ids", next_step="give more of the id")
-        raise _not_found("encoder", encoder, known, "isimed ls --encoders")
+        raise _not_found("encoder", encoder, known, "isimed ls encoders")
 
     def encoder_path(self, encoder: str | None = None) -> Path:
         """The folder of an encoder (`card.json`, `weights.safetensors`), found as `encoder_artefact` does, checked."""
@@ -150,7 +150,7 @@ class Snapshot:
         return sorted(found, key=lambda segment: segment.first_row_id)
 
     def newest_segments(self, encoder_id: str) -> dict[str, Segment]:
-        """By scan id, the segment of one encoder that was committed last (a scan may be encoded at several strides)."""
+        """By scan id, the segment of one encoder (there is one: a scan that is encoded again replaces it)."""
         return {self.scan_of[segment.scan_artefact]: segment for segment in self.segments(encoder_id)}
 
     def newest(self, kind: Literal["frame", "index"], encoder_id: str) -> Artefact | None:
@@ -185,6 +185,12 @@ class Snapshot:
         from isimed_index.store.catalog import run
 
         return run(self, query, params, timeout_s)
+
+    def matching(self, view: StoredTable, where: str | None, timeout_s: float = 30.0) -> pa.Table:
+        """The rows of a stored table that an SQL condition keeps (None: all); `SqlRefused` if it is no condition."""
+        from isimed_index.store.catalog import matching
+
+        return self.table(view) if where is None else matching(self, view, where, timeout_s)
 
 
 def _not_found(what: str, asked: str, known: list[str], listing: str) -> NotFound:

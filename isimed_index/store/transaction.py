@@ -128,7 +128,7 @@ class Transaction:
         head = self.repository.snapshot()
         if head.behind:
             raise StoreDamaged(
-                "the newest generation of the store is damaged, so nothing can be added", next_step="isimed check"
+                "the newest generation of the store is damaged, so nothing can be added", next_step=files.RESTORE
             )
         proposal = propose(head)
         if proposal.empty:

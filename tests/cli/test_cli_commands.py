@@ -28,6 +28,9 @@ from isimed_index.errors import (
     StoreDamaged,
     StoreLocked,
     StoreNotFound,
+    StoreWarning,
+    TrainingWarning,
+    UsageError,
 )
 
 ROWS = pa.table({"scan": ["a", "b"], "x_mm": [1.25, -7.0], "voxel": [[1, 2, 3], [4, 5, 6]]})
@@ -174,6 +177,12 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         ("SELECT",),
         {"params": {"n": 3, "name": "x", "r": 0.5}, "timeout_s": 2.0},
     ),
+    (
+        "sql SELECT -p id 007 -p n 1_000 -p x nan -p y=1e3 -p z -4",
+        "sql",
+        ("SELECT",),
+        {"params": {"id": "007", "n": "1_000", "x": "nan", "y": 1000.0, "z": -4}, "timeout_s": 30.0},
+    ),
     ("info", "info", (), {}),
     ("ls", "scans", (), {}),
     ("ls encoders", "encoders", (), {}),
@@ -235,6 +244,29 @@ def test_add_makes_a_store_where_there_is_none(store: FakeStore, monkeypatch: py
     assert main(["ls", "-s", "new.isimed"]) == 10
     assert main(["index", "-s", "new.isimed"]) == 10
     assert capsys.readouterr().err.count("error[store_not_found]") == 2
+
+
+def test_add_opens_the_store_that_another_process_makes_meanwhile(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    answers: list[Any] = [StoreNotFound("not yet"), store]
+
+    def opened(path: Path, **_: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def refused(path: Path) -> None:
+        raise UsageError(f"{path.name} is not empty")
+
+    monkeypatch.setitem(vars(isimed_index), "open", opened)
+    monkeypatch.setitem(vars(isimed_index), "create", refused)
+    assert main(["add", "images"]) == 0
+    assert capsys.readouterr().err == ""
+    answers += [StoreNotFound("not here"), StoreNotFound("not here")]
+    assert main(["add", "images"]) == 2
+    assert capsys.readouterr().err == "error[usage]: cohort.isimed is not empty.\n"
 
 
 class TestOptions:
@@ -352,6 +384,28 @@ class TestBatches:
         assert main(["index", "images"]) == 3
         assert capsys.readouterr().err.count("bad.nii: not a NIfTI file") == 2
 
+    @pytest.mark.parametrize("verb", ["pretrain", "index"])
+    def test_refusals_of_added_paths_are_listed_when_the_work_fails(self, store: FakeStore, capsys: Any, verb: str):
+        store.answers["add"].refused = [REFUSAL]
+        store.answers[verb] = StoreLocked("busy")
+        assert main([verb, "images", "--quiet"]) == 11
+        assert capsys.readouterr().err.splitlines() == [
+            "error[scan_refused]: bad.nii: not a NIfTI file. Next: convert it",
+            "error[store_locked]: busy.",
+        ]
+
+    def test_refusals_are_listed_when_the_report_cannot_be_written(
+        self, store: FakeStore, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ):
+        store.answers["add"].refused = [REFUSAL]
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        assert main(["add", "images", "--report", "r.json"]) == 1
+        assert capsys.readouterr().err.startswith("error[scan_refused]: bad.nii: not a NIfTI file.")
+
     def test_pretrain_prints_the_card_id_alone(self, store: FakeStore, capsys: Any):
         assert main(["pretrain"]) == 0
         assert capsys.readouterr().out == "c0ffee\n"
@@ -396,13 +450,11 @@ class TestErrors:
         assert main(["sql", "SELECT 1"]) == 0
         assert capsys.readouterr().err == ""
 
-    def test_a_library_warning_is_one_line(self, store: FakeStore, capsys: Any):
-        class StoreWarning(UserWarning):
-            __module__ = "isimed_index.store"
-
+    @pytest.mark.parametrize("category", [StoreWarning, TrainingWarning])
+    def test_a_library_warning_is_one_line(self, store: FakeStore, capsys: Any, category: type[Warning]):
         def warn() -> dict[str, int]:
             warnings.simplefilter("always")
-            warnings.warn("index missing,\n searched exactly", StoreWarning, stacklevel=1)
+            warnings.warn("index missing,\n searched exactly", category, stacklevel=1)
             warnings.warn("some package is old", UserWarning, stacklevel=1)
             return {"scans": 0}
 
@@ -449,6 +501,56 @@ class TestRows:
     def test_what_cannot_be_written_is_a_usage_error(self, store: FakeStore, capsys: Any, line: str):
         assert main(line.split()) == 2
         assert capsys.readouterr().err.startswith("error[usage]: ")
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "add images --report nodir/r.json",
+            "index --report nodir/r.json",
+            "add images --report images",
+            "ls --out nodir/r.csv",
+            "evaluate --out nodir/r.csv",
+            "plot umap --out nodir/u.png",
+            "ls --out images",
+            "add images --format parquet",
+            "pretrain images --format arrow",
+            "index images --format parquet",
+            "evaluate --format arrow",
+            "evaluate --out rows.dat",
+        ],
+    )
+    def test_outputs_are_checked_before_any_work(self, store: FakeStore, capsys: Any, tmp_path: Path, line: str):
+        words = [str(tmp_path / word) if word.startswith("nodir/") else word for word in line.split()]
+        assert main(words) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        (message,) = told.err.splitlines()
+        assert message.startswith("error[usage]: ")
+        assert str(tmp_path) not in message
+        assert store.calls == []
+        assert store.opened == []  # type: ignore[attr-defined]
+
+    def test_where_nothing_may_be_written_is_a_usage_error(
+        self, store: FakeStore, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        assert main(["ls", "--out", "r.csv"]) == 2
+        assert "'r.csv'" in capsys.readouterr().err
+
+    def test_no_answer_says_what_to_do(self, store: FakeStore, capsys: Any):
+        store.answers["lookup"] = SimpleNamespace(to_arrow=lambda: ROWS.slice(0, 0))
+        ask = ["query", "--point", "1,2,3", "--scan", "a", "--where", "nx > 3"]
+        assert main([*ask, "--json"]) == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out) == []
+        (line,) = told.err.splitlines()
+        assert "no scan of another subject" in line
+        assert "--same-subject include" in line
+        assert "--where" in line
+        assert "--within" not in line
+        assert main([*ask, "--quiet"]) == 0
+        assert main([*ask, "--same-subject", "include"]) == 0
+        assert capsys.readouterr().err == ""
 
     def test_info_is_one_object(self, store: FakeStore, capsys: Any):
         assert main(["info", "--json"]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isimed_index.encoders.networks import PatchDenseNet121, ValidNet, build_network, parameter_count
+from isimed_index.encoders.networks import PatchDenseNet121, ValidNet, build_network
 from isimed_index.errors import ConfigError, EncoderMismatch
 
 VALID = "isimed_index.encoders.networks:ValidNet"
@@ -50,6 +50,10 @@ def test_heads_stay_in_full_precision_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outputs = network(torch.randn(1, 1, 32, 32, 32))
     assert {y.dtype for y in outputs.values()} == {torch.float32}
+
+
+def parameter_count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_build_network_knows_its_factories_only() -> None:

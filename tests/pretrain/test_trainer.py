@@ -12,9 +12,10 @@ import pytest
 import torch
 from pretraining import config, sources
 
+from isimed_cli.app import Session, _messages
 from isimed_index.config import PretrainConfig, pretrain_config
 from isimed_index.encoders.runtime import load_encoder, write_encoder
-from isimed_index.errors import TrainingDiverged, UsageError
+from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint, trainer
 from isimed_index.pretrain.trainer import Trained, new_card, train
 from isimed_index.progress import Silent
@@ -25,7 +26,7 @@ def quiet() -> Any:
     """One thread; six steps may leave an embedding that looks collapsed, which is not what these tests are about."""
     torch.set_num_threads(1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the embeddings are collapsing", RuntimeWarning)
+        warnings.filterwarnings("ignore", "the embeddings are collapsing", TrainingWarning)
         yield
 
 
@@ -169,15 +170,21 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
     assert len(entries(run(tmp_path, config(), resume=True))) == 2  # the checkpoint before it is sound
 
 
-def test_collapsing_embeddings_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collapsing_embeddings_are_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = trainer.joint_loss
 
     def flat(outputs: Any, *rest: Any) -> Any:
         return real({**outputs, "embedding": outputs["embedding"] * 0}, *rest)
 
     monkeypatch.setattr(trainer, "joint_loss", flat)
-    with pytest.warns(RuntimeWarning, match="collapsing"):
+    with pytest.warns(TrainingWarning, match="collapsing"):
         run(tmp_path, config(epochs=1))
+    with _messages(Session()):  # as `isimed pretrain` runs it
+        warnings.simplefilter("default")
+        run(tmp_path, config(epochs=1))
+    assert capsys.readouterr().err.startswith("warning: the embeddings are collapsing (RankMe ")
 
 
 def test_training_learns(tmp_path: Path) -> None:

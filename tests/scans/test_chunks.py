@@ -57,7 +57,6 @@ def test_geometry_scaling_and_attributes_round_trip(directory, scan):
 
 def test_labels_and_their_names_round_trip(directory, labels):
     stored = open_chunks(directory)
-    assert stored.has_labels
     assert stored.label_names == NAMES
     np.testing.assert_array_equal(stored.labels(), labels.voxels)
     assert stored.labels().dtype == labels.voxels.dtype
@@ -72,7 +71,6 @@ def test_outside_of_the_scan_there_is_no_label(directory, outside):
 def test_a_scan_without_labels_has_none(tmp_path, scan):
     write_chunks(scan, None, tmp_path / "a.zarr")
     stored = open_chunks(tmp_path / "a.zarr")
-    assert not stored.has_labels
     assert stored.labels() is None
     assert stored.label_at((0, 0, 0)) is None
     assert stored.label_names == {}

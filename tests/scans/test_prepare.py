@@ -151,3 +151,32 @@ def test_a_prepared_head_has_a_background_and_a_body():
     coarse = prepare(values, np.diag([1.0, 1.0, 2.0, 1]), 2.0, Intensity())
     assert coarse.values.shape == (20, 20, 20)
     assert coarse.foreground.sum() * 8 == pytest.approx(ball.sum() * 2, rel=0.2)
+
+
+def ball_in_air(air: float, body: float, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a ball in noisy air, and where the ball is."""
+    grid = np.moveaxis(np.indices((30, 30, 30)), 0, -1)
+    ball = np.linalg.norm(grid - 14.5, axis=-1) < 10
+    values = np.where(ball, body, air) + np.random.default_rng(0).normal(scale=noise, size=ball.shape)
+    return values.astype(np.float32), ball
+
+
+@pytest.mark.parametrize("spacing", [None, 2.0])
+def test_one_dark_voxel_does_not_make_air_a_body(spacing):
+    values, ball = ball_in_air(5, 400, 3)
+    sound = prepare(values, np.eye(4), spacing, Intensity())
+    values[2, 3, 4] = -30_000
+    spoilt = prepare(values, np.eye(4), spacing, Intensity())
+    assert spoilt.background == sound.background == Intensity().low
+    assert np.array_equal(spoilt.foreground, sound.foreground)
+    if spacing is None:
+        assert np.array_equal(spoilt.foreground, ball)
+
+
+def test_padding_of_a_ct_does_not_make_air_a_body():
+    values, ball = ball_in_air(-1000, 40, 15)
+    values[0] = -3024  # 1 plane of 30, 3 %
+    volume = prepare(values, np.eye(4), None, Intensity())
+    assert np.array_equal(volume.foreground, ball)
+    assert volume.background == -1
+    assert volume.values[0].max() == -1.5

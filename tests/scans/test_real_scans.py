@@ -23,7 +23,7 @@ def test_ixi_heads_from_file_to_patches(real_data, tmp_path):
         scan = read_scan(image, stem(image))
         assert scan.attributes["source_orientation"] == "PSR"
         assert scan.voxels.dtype == np.uint8
-        assert subject_and_session(scan.id, r"(.*)_T1")[0] == image.name.removesuffix("_T1.nii.gz")
+        assert subject_and_session(image, None, r"(.*)_T1")[0] == image.name.removesuffix("_T1.nii.gz")
         labels = read_labels(label_path(image, "../seg/{stem}_DLMUSE.nii.gz"), scan, names)
 
         # 100 random voxels lie where nibabel says, with nibabel's value

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 from store_builders import add_scan, finish, start, whole_store
@@ -92,6 +93,73 @@ def test_of_many_creators_at_once_one_succeeds(tmp_path: Path) -> None:
     assert Repository.open(tmp_path / "c").head() == 0
 
 
+@pytest.mark.parametrize("step", ["a folder", "the first manifest", "FORMAT.json"])
+def test_a_creation_cut_short_is_no_store_and_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real = {"mkdir": Path.mkdir, "publish": files.publish}
+
+    def mkdir(path: Path, *args: Any, **options: Any) -> None:
+        if step == "a folder" and path.name == files.INTENTS:
+            raise Killed
+        real["mkdir"](path, *args, **options)
+
+    def publish(root: Path, target: Path, content: bytes) -> None:
+        if (step == files.FORMAT) == (target.name == files.FORMAT):
+            (root / files.TMP / "draft.json").write_bytes(content[:9])  # what a killed process leaves of it
+            raise Killed
+        real["publish"](root, target, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", mkdir)
+        patch.setattr(files, "publish", publish)
+        with pytest.raises(Killed):
+            Repository.create(tmp_path / "c")
+    assert (tmp_path / "c" / files.MANIFESTS).is_dir()
+    with pytest.raises(StoreNotFound):
+        Repository.open(tmp_path / "c")
+    add_scan(Repository.create(tmp_path / "c"), "s")
+    assert Repository.open(tmp_path / "c").snapshot().scan_ids() == ["s"]
+
+
+def test_to_the_later_of_two_creators_it_is_a_store_and_no_folder_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c").mkdir()
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == tmp_path / "c":  # another process is faster, just before the look inside
+            monkeypatch.setattr(Path, "iterdir", real)
+            add_scan(Repository.create(path), "s")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UsageError, match="c is a store already"):
+        Repository.create(tmp_path / "c")
+    assert Repository.open(tmp_path / "c").snapshot().scan_ids() == ["s"]
+
+
+def test_open_beside_a_creator_finds_no_store_or_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        try:
+            return real(path)
+        finally:
+            if path.name == files.FORMAT:  # made and committed to by another process, just after it was looked for
+                monkeypatch.setattr(Path, "read_bytes", real)
+                add_scan(Repository.create(tmp_path / "c"), "s")
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(StoreNotFound):
+        Repository.open(tmp_path / "c")
+    assert Repository.open(tmp_path / "c").snapshot().scan_ids() == ["s"]
+
+
 def test_open_says_when_there_is_no_store(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(StoreNotFound) as caught:
@@ -101,7 +169,7 @@ def test_open_says_when_there_is_no_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_format_file_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    Repository.create(tmp_path / "c")
+    add_scan(Repository.create(tmp_path / "c"), "s")
     damage(tmp_path / "c" / files.FORMAT)
     with pytest.raises(StoreDamaged, match=r"FORMAT\.json"):
         Repository.open(tmp_path / "c")
