@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.errors import IsimedError
     from isimed_index.grid import PatchGrid
-    from isimed_index.lookup import Matches
+    from isimed_index.matches import Matches
     from isimed_index.scans.scan import Scan
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EncoderCard": "isimed_index.encoders.card",
     "IsimedError": "isimed_index.errors",
-    "Matches": "isimed_index.lookup",
+    "Matches": "isimed_index.matches",
     "PatchGrid": "isimed_index.grid",
     "Scan": "isimed_index.scans.scan",
     "Store": "isimed_index.api",

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.evaluate.landmarks import Evaluation
     from isimed_index.indexing import IndexReport
-    from isimed_index.lookup import Lookup, Matches, SameSubject, Source
+    from isimed_index.lookup import Lookup, SameSubject, Source
+    from isimed_index.matches import Matches
     from isimed_index.scans.prepare import Volume
 
 __all__ = ["AddReport", "Refusal", "Store", "create", "open"]

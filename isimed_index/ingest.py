@@ -7,7 +7,6 @@ find files ─▶ read (threads) ─▶ known content? ─▶ stage OME-Zarr ─
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from isimed_index.contracts import TableName, arrow_schema, conform
 from isimed_index.errors import IsimedError, ScanRefused, UsageError
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.discover import find_files, label_path, stem, subject_and_session, unique_ids, without_labels
+from isimed_index.scans.metadata import Value, plain_number, read_metadata
 from isimed_index.scans.prepare import resample
-from isimed_index.scans.read import read_label_names, read_labels, read_rows, read_scan
+from isimed_index.scans.read import read_label_names, read_labels, read_scan
 from isimed_index.scans.scan import LabelMap, Scan
 from isimed_index.space import affine_in_orientation, apply_affine
 from isimed_index.store.manifest import Artefact
@@ -35,16 +35,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH = 16  # scans in one commit
-_ID_COLUMNS = ("scan", "participant_id", "subject", "subject_id")
 _SUBJECT_COLUMNS = ("sex", "age")
 _SETTABLE = ("subject", "session", "modality", "split")  # our own columns of `scans` that a metadata table may fill
-_MISSING = ("", "n/a", "na", "nan")
-# No leading zeros and no underscores: `007` and `1_2` are names, not numbers.
-_INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})", re.ASCII)
-_FLOAT = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?", re.ASCII)
 _SIZES = ("nx", "ny", "nz", "dx_mm", "dy_mm", "dz_mm")
 _BY_FILE = ("scan", *_SIZES, "orientation", "format", "digest", "artefact")  # those that the file alone fills
-Value = str | int | float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,56 +357,3 @@ def _table(name: TableName, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         return arrow_schema(name).empty_table()
     columns = dict.fromkeys(key for row in rows for key in row)
     return conform(name, pa.table({column: pa.array([row.get(column) for row in rows]) for column in columns}))
-
-
-def read_metadata(path: Path) -> dict[str, dict[str, Value]]:
-    """Rows of a CSV or TSV table by their id column (scan, participant_id, subject or subject_id), values typed.
-
-    A column becomes integer or float when all its filled cells read as one; empty cells and `n/a` are missing.
-    `UsageError` without an id column, or when two rows of one id differ.
-    """
-    columns, rows = read_rows(path, "the metadata table")
-    key = next((column for column in _ID_COLUMNS if column in columns), None)
-    if key is None:
-        raise UsageError(
-            f"the metadata table {path.name} has none of the columns {', '.join(_ID_COLUMNS)}",
-            next_step="name the column with the ids participant_id",
-        )
-    typed: dict[str, list[Value]] = {}
-    for column in columns:
-        name = column.strip().lower().replace(" ", "_")
-        if column == key or not name:
-            continue
-        if name in typed:
-            raise UsageError(f"the metadata table {path.name} has two columns {name!r}")
-        typed[name] = _typed([row[column] for row in rows])
-    words = [value for value in typed.get("age", ()) if isinstance(value, str) and plain_number(value) is None]
-    if words:
-        raise UsageError(
-            f"the metadata table {path.name}, column age: expected numbers, found {words[0]!r}",
-            next_step="give ages in years, or rename the column",
-        )
-    result: dict[str, dict[str, Value]] = {}
-    for number, row in enumerate(rows):
-        values = {column: cells[number] for column, cells in typed.items()}
-        if result.setdefault((row[key] or "").strip(), values) != values:
-            raise UsageError(f"the metadata table {path.name} has two different rows for one id (row {number + 2})")
-    return result
-
-
-def _typed(cells: Sequence[str | None]) -> list[Value]:
-    """Cells as integers when all that are filled read as such, else as floats, else as the text they are."""
-    texts = [None if (cell or "").strip().lower() in _MISSING else (cell or "").strip() for cell in cells]
-    numbers = [None if text is None else plain_number(text) for text in texts]
-    if any(number is None and text is not None for number, text in zip(numbers, texts, strict=True)):
-        return list(texts)
-    if any(isinstance(number, float) for number in numbers):
-        return [None if number is None else float(number) for number in numbers]
-    return list(numbers)
-
-
-def plain_number(text: str) -> int | float | None:
-    """The number that a text is, or None: `007`, `1_000`, `nan` and integers of 20 digits are names, not numbers."""
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else None

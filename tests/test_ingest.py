@@ -14,7 +14,8 @@ from scipy import ndimage
 import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import ScanRefused, UsageError
-from isimed_index.ingest import Refusal, label_centroids, plain_number, read_metadata
+from isimed_index.ingest import Refusal, label_centroids
+from isimed_index.scans.metadata import plain_number, read_metadata
 
 
 @pytest.fixture

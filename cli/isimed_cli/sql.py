@@ -57,7 +57,7 @@ def sql(
 
 def parse_parameter(text: str) -> tuple[str, str | int | float]:
     """`name=value` → name and value, as a number where a metadata table would read it as one (`007` is text)."""
-    from isimed_index.ingest import plain_number
+    from isimed_index.scans.metadata import plain_number
 
     name, equals, value = text.partition("=")
     if not equals or not name:

@@ -1,0 +1,75 @@
+"""Answers to a question: columns of equal length, rows as views, Arrow and pandas on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Row:
+    """One match; a view of a row of `Matches`."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]], number: int) -> None:
+        self._columns = columns
+        self._number = number
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._columns:
+            return self._columns[name][self._number]
+        raise AttributeError(name)
+
+    @property
+    def xyz_mm(self) -> tuple[float, float, float]:
+        """The match in patient RAS+ mm."""
+        return self.x_mm, self.y_mm, self.z_mm
+
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{name}={values[self._number]!r}' for name, values in self._columns.items())})"
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """The answers to one question, best first: columns of equal length, rows as views."""
+
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, number: int) -> Row:
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        return Row(self.columns, number)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[number] for number in range(len(self)))
+
+    def to_arrow(self) -> pa.Table:
+        """The answers as an Arrow table."""
+        import pyarrow as pa
+
+        return pa.table({name: pa.array(values, _types().get(name)) for name, values in self.columns.items()})
+
+    def to_pandas(self) -> Any:
+        """The answers as a pandas data frame."""
+        return self.to_arrow().to_pandas()
+
+
+def _types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    real = ("x_mm", "y_mm", "z_mm", "x", "y", "z", "distance", "error_mm", "confidence", "residual_mm", "cycle_mm")
+    text = ("scan", "subject", "label")
+    return (
+        dict.fromkeys(real, pa.float64())
+        | dict.fromkeys(text, pa.string())
+        | {
+            "in_view": pa.bool_(),
+            "voxel": pa.list_(pa.float64(), 3),
+            "patch": pa.int64(),
+        }
+    )
