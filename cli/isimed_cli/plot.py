@@ -47,7 +47,7 @@ def plot(
 ) -> None:
     """Draw embeddings, a match or the training.
 
-    umap: patches coloured by position; match: a point and its matches in three planes; training: loss by step.
+    umap: patches coloured by position; match: a point and its matches in three planes; training: curves by epoch.
     """
     options: dict[str, Any] = {"encoder": encoder}
     if figure is Figure.MATCH:
