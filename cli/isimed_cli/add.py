@@ -55,6 +55,11 @@ def add(
             workers=workers,
             progress=progress,
         )
+    if done.unnamed:
+        session.note(
+            f"{len(done.unnamed)} labels have no name and go by their numbers. Next: give --label-names FILE; "
+            "a stored scan keeps its labels as they are, so add it to a new store"
+        )
     groups = added_groups(done)
     try:
         write_report(report, groups, done.refused)

@@ -25,6 +25,7 @@ MAX_VOXELS = 2**31
 _MAX_TRAILING_BYTES = 2**26
 _MAX_DEFLATE_RATIO = 1032  # zlib cannot expand one byte to more
 _BLOCK = 2**24
+_COPY_AGAIN = "copy or download the file again"
 _MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
 
 
@@ -51,9 +52,7 @@ def load(path: Path) -> Volume3D:
             with gzip.open(raw) as stream:
                 return _volume(stream, most_bytes)  # type: ignore[arg-type]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ScanRefused(
-            f"the compressed data is truncated or damaged ({error})", next_step="copy or download the file again"
-        ) from error
+        raise ScanRefused(f"the compressed data is truncated or damaged ({error})", next_step=_COPY_AGAIN) from error
     except OSError as error:
         raise ScanRefused(f"the file cannot be read ({error.strerror})", next_step="check its permissions") from error
 
@@ -93,7 +92,7 @@ def _header(stream: BinaryIO) -> tuple[Any, str]:
     import nibabel as nib
 
     start = stream.read(4)
-    not_nifti = ScanRefused("this is not a NIfTI file", next_step="convert the image to .nii.gz, or leave it out")
+    not_nifti = ScanRefused("this is not a NIfTI file", next_step="convert the image to .nii.gz")
     if len(start) < 4:
         raise not_nifti
     sizes = {struct.unpack("<i", start)[0], struct.unpack(">i", start)[0]}
@@ -105,7 +104,7 @@ def _header(stream: BinaryIO) -> tuple[Any, str]:
         raise not_nifti
     block = start + stream.read(kind.sizeof_hdr - 4)
     if len(block) < kind.sizeof_hdr:
-        raise ScanRefused("the file ends inside its header", next_step="copy or download the file again")
+        raise ScanRefused("the file ends inside its header", next_step=_COPY_AGAIN)
     header = kind(block, check=False)
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
         raise not_nifti
@@ -120,18 +119,20 @@ def _layout(header: Any) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
         dims = tuple(int(n) for n in header.get_data_shape())
         dtype: np.dtype[Any] = header.get_data_dtype()
     except (KeyError, HeaderDataError) as error:
-        raise ScanRefused(f"the header is damaged ({error})", next_step="copy or download the file again") from error
+        raise ScanRefused(f"the header is damaged ({error})", next_step=_COPY_AGAIN) from error
     while len(dims) > 3 and dims[-1] == 1:
         dims = dims[:-1]
     if not dims or min(dims) < 1:
-        raise ScanRefused(f"the volume is empty: its shape is {_times(dims)}")
+        raise ScanRefused(f"the volume is empty: its shape is {_times(dims)}", next_step=_COPY_AGAIN)
     if len(dims) > 3:
         raise ScanRefused(
             f"expected a 3-D volume, found {len(dims)}-D data of shape {_times(dims)}",
-            next_step="split the series and add one 3-D volume of it",
+            next_step="split the series and give one 3-D volume of it",
         )
     if len(dims) < 3 or min(dims) == 1:
-        raise ScanRefused(f"expected a 3-D volume, found a 2-D image of shape {_times(dims)}", next_step="leave it out")
+        raise ScanRefused(
+            f"expected a 3-D volume, found a 2-D image of shape {_times(dims)}", next_step="give the whole volume"
+        )
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         what = "colour (RGB)" if dtype.names else dtype.name
         raise ScanRefused(
@@ -140,7 +141,7 @@ def _layout(header: Any) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
         )
     offset = float(header["vox_offset"])
     if not header.sizeof_hdr + 4 <= offset < 2**31:
-        raise ScanRefused(f"the header is damaged: its voxels start at byte {offset:g}")
+        raise ScanRefused(f"the header is damaged: its voxels start at byte {offset:g}", next_step=_COPY_AGAIN)
     nx, ny, nz = dims
     return (nx, ny, nz), dtype, int(offset)
 
@@ -197,13 +198,13 @@ def _drain(stream: BinaryIO) -> None:
     while block := stream.read(_BLOCK):
         trailing += len(block)
         if trailing > _MAX_TRAILING_BYTES:
-            raise ScanRefused("the file holds far more data than its header says")
+            raise ScanRefused("the file holds far more data than its header says", next_step=_COPY_AGAIN)
 
 
 def _truncated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ScanRefused:
     return ScanRefused(
         f"the file is truncated: it is too short for {_times(shape)} voxels of type {dtype.name}",
-        next_step="copy or download the file again",
+        next_step=_COPY_AGAIN,
     )
 
 

@@ -33,7 +33,7 @@ def read_scan(path: Path, scan_id: str) -> Scan:
         voxels, nonfinite = _finite(volume.voxels, volume.slope)
         least, most = float(voxels.min()), float(voxels.max())
         if least == most:
-            raise ScanRefused(f"every voxel has the same value, {least:g}", next_step="leave it out")
+            raise ScanRefused(f"every voxel has the same value, {least:g}", next_step="export the image again")
         reach = max(abs(least), abs(most)) * abs(volume.slope) + abs(volume.intercept)
         if not reach < float(np.finfo(np.float32).max):
             raise ScanRefused("its values do not fit into 32-bit floating point", next_step="rescale the image")
@@ -106,7 +106,7 @@ def _finite(voxels: NDArray[Any], slope: float) -> tuple[NDArray[Any], int]:
     if finite.all():
         return voxels, 0
     if not finite.any():
-        raise ScanRefused("every voxel is NaN or infinite", next_step="export the image again, or leave it out")
+        raise ScanRefused("every voxel is NaN or infinite", next_step="export the image again")
     kept = voxels[finite]
     background = kept.min() if slope > 0 else kept.max()
     return np.where(finite, voxels, background), int(voxels.size - kept.size)
