@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 200  # conflicts in a row before a commit gives up; the wait is random, up to _LONGEST_WAIT_S
 _LONGEST_WAIT_S = 0.5
+_MOST_ROWS = 1 << 24  # more than one commit gives row ids to
 _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
 _FEATURES: Mapping[str, Callable[[Artefact], bool]] = {  # what a reader must know to read a generation rightly
     "packed-segments": lambda artefact: "parts" in artefact.fields,
@@ -244,7 +245,8 @@ def _next_manifest(
         for path, artefact in before.items()
         if path not in dropped and (left := _without_parts(artefact, gone)) is not None
     ]
-    next_row_id = head.manifest.next_row_id
+    # A damaged generation may have given row ids away that indexes, tombstones or exported files still know.
+    next_row_id = head.manifest.next_row_id + _MOST_ROWS * (head.newest_generation - head.generation)
     added = []
     for artefact in (*proposal.add, *pieces):
         if artefact.path in before:

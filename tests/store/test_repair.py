@@ -323,3 +323,13 @@ def test_what_a_writer_has_staged_is_left_alone(repository: Repository):
         transaction.commit(lambda head: Proposal([artefact], tables={"scans": rows}))
     assert "sub-03" in repository.snapshot().scan_ids()
     assert damage(repository) == []
+
+
+def test_row_ids_that_a_damaged_generation_gave_away_are_not_given_again(repository: Repository):
+    before = repository.snapshot().manifest.next_row_id
+    lost = add_segment(repository, "sub-01_T1w", 4).segments()[-1]  # an exported table may name its rows
+    flip(repository.path / manifest_name(repository.head()))
+    repair(repository)
+    given = add_segment(repository, "sub-02_ct", 4, seed=1).segments()[-1]
+    assert lost.first_row_id == before
+    assert given.first_row_id >= lost.end_row_id
