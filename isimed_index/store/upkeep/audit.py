@@ -149,7 +149,7 @@ def _manifests(storage: Storage, head: Snapshot, past: History) -> Iterator[Find
             yield Finding.of("manifest_replaced", manifest_name(parent), message, severity="warning")
         # A collector takes all that is older than some generation, but for those that are pinned or tagged.
         elif parent not in there and any(older < parent and older not in kept for older in there):
-            message = f"generation {parent} is not in the history: it was purged, or its manifest is lost"
+            message = f"generation {parent} is not in the history: it was collected or purged, or its manifest is lost"
             yield Finding.of("history_gap", manifest_name(parent), message, severity="info")
 
 
