@@ -5,6 +5,7 @@
 
 An exponent of 1 is linear growth; it is fitted to the larger half of the sizes. Run from the repository:
 python benchmarks/store_scale.py [--scans 10,100,1000] [--rows 10000,100000] [--out FILE.json]
+python benchmarks/store_scale.py --plot FILE.png --out FILE.json     draws what FILE.json holds
 """
 
 from __future__ import annotations
@@ -229,13 +230,32 @@ def exponents(lines: list[dict[str, float]], over: str) -> dict[str, float]:
     }
 
 
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Times over sizes, both logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for over, axis in zip(("scans", "rows"), axes, strict=True):
+        lines = result[over]
+        for name in (name for name in lines[0] if name.endswith("_ms")):
+            label = f"{name[:-3].replace('_', ' ')} (exponent {result[f'{over}_exponents'][name]:g})"
+            axis.loglog([line[over] for line in lines], [line[name] for line in lines], "o-", label=label)
+        axis.set(xlabel=over if over == "scans" else "patch rows", ylabel="ms")
+        axis.legend(fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
 def main() -> int:
     """Print one JSON line a size and the exponents; write all of it to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", default="10,100,1000,10000,100000")
     parser.add_argument("--rows", default="10000,100000,1000000,10000000")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
+    if given.plot:
+        draw(json.loads(given.out.read_text(encoding="utf-8")), given.plot)
+        return 0
     result: dict[str, Any] = {"date": utc_now()[:10], "rounds": ROUNDS}
     for over, sizes, measure in (("scans", given.scans, of_scans), ("rows", given.rows, of_rows)):
         lines = []

@@ -14,13 +14,14 @@ import hashlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from isimed_index.errors import UsageError
+from isimed_index.errors import StoreWarning, UsageError
 from isimed_index.ingest import AddOptions, AddReport, Refusal, add
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.discover import SUFFIXES
@@ -464,20 +465,45 @@ class Store:
         self.close()  # our own pin must not keep what it held
         return collect(repository, keep, dry_run=dry_run)
 
-    def purge(self, subject: str, progress: Progress | None = None) -> Erasure:
+    def purge(
+        self,
+        subject: str,
+        progress: Progress | None = None,
+        report: FilePath | None = None,
+        unknown: bool = False,
+    ) -> Erasure:
         """Erase a subject from every generation, prove that it is gone, and build frames and indexes anew without it.
 
-        `StoreLocked` while a reader or writer still holds an old generation: run it again when it has ended.
+        `StoreLocked` while a reader or writer still holds an old generation: run it again when it has ended. A purge
+        that fails or is stopped is finished by running it again. What fails after the proof, when frames and indexes
+        are built, is a `StoreWarning`: `index` builds them.
+
+        Args:
+            subject: its id.
+            progress: is told what is done.
+            unknown: also when nothing knows the subject: erase what is left of all deleted scans.
+            report: a file that gets the erasure as JSON as soon as it is proved, before anything is built anew.
         """
-        from isimed_index.indexing import derive_again
+        from isimed_index.indexing import derive_again, recalls_asked_for
         from isimed_index.store.upkeep.purge import purge
 
         repository = self._writing()
         self.close()  # our own pin must not keep what is to be erased
         try:
-            erased = purge(repository, subject, progress)
+            recalls = recalls_asked_for(repository)
+            erased = purge(repository, subject, progress, unknown=unknown)
+            if report is not None:
+                try:
+                    Path(report).write_text(json.dumps(erased.to_json(), indent=2) + "\n", encoding="utf-8")
+                except OSError as error:  # the erasure cannot be had a second time
+                    message = f"the subject is erased; the report could not be written: {error.strerror}"
+                    warnings.warn(message, StoreWarning, stacklevel=2)
             for encoder in erased.index_again:
-                derive_again(repository, encoder, progress or Silent())
+                try:
+                    derive_again(repository, encoder, progress or Silent(), recalls.get(encoder))
+                except Exception as error:  # noqa: BLE001 — the erasure is done, and has to be returned
+                    message = f"the subject is erased; a frame or index was not built anew: {error}. Next: isimed index"
+                    warnings.warn(message, StoreWarning, stacklevel=2)
             return erased
         finally:
             self.refresh()
@@ -536,6 +562,8 @@ class Store:
 
         if (voxels and layout != "parquet") or (vectors and layout != "duckdb"):
             raise UsageError("voxels go with parquet only, vectors with duckdb only", next_step="isimed export --help")
+        if Path(out).resolve().is_relative_to(self.path.resolve()):
+            raise UsageError("an export cannot lie inside the store", next_step="choose a path outside of it")
         chosen = export.Selection(self.snapshot, where, encoder)
         if layout == "parquet":
             return export.export_parquet(chosen, Path(out), voxels=voxels, progress=progress)

@@ -12,7 +12,8 @@
     ├── StoreNotFound         (FileNotFoundError)  kind store_not_found    exit 10
     ├── StoreFull             (OSError)            kind store_full         exit 1
     ├── StoreReadOnly         (PermissionError)    kind store_read_only    exit 1
-    ├── StoreUnreachable      (ConnectionError)    kind store_unreachable  exit 1
+    ├── StoreUnreadable       (OSError)            kind store_unreadable   exit 1
+    │   └── StoreUnreachable  (ConnectionError)    kind store_unreachable  exit 1
     ├── StoreLocked           (BlockingIOError)    kind store_locked       exit 11
     ├── StoreDamaged          (OSError)            kind store_damaged      exit 12
     ├── Incompatible          (ValueError)         kind incompatible       exit 13
@@ -120,7 +121,13 @@ class StoreReadOnly(IsimedError, PermissionError):
     kind = "store_read_only"
 
 
-class StoreUnreachable(IsimedError, ConnectionError):
+class StoreUnreadable(IsimedError, OSError):
+    """A file of the store could not be read for a reason that lies outside it; it may well be whole."""
+
+    kind = "store_unreadable"
+
+
+class StoreUnreachable(StoreUnreadable, ConnectionError):
     """The service that holds the store did not answer, or refused to."""
 
     kind = "store_unreachable"

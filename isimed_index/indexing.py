@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
 from isimed_index.progress import Progress
-from isimed_index.store.manifest import Artefact
+from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
@@ -75,7 +77,8 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         report.skipped.extend(scan for scan in scans if keys[scan] in done)
         todo = [scan for scan in scans if keys[scan] not in done]
         progress.start("encode", len(todo), "scans")
-        tasks = _task_groups(transaction, head, todo, keys, directory, stride, options.device)
+        whole = _whole(head, todo, report)
+        tasks = _task_groups(transaction, whole, keys, directory, stride, options.device)
         patches = 0
         for results in encode_groups(tasks, options.scheduler):
             patches += _commit_segments(transaction, head, card, results, report)
@@ -85,44 +88,64 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
             if report.refused:
                 return report
             raise NotFound("there is no scan to index", next_step="isimed add PATH, or widen --where")
+        rows = sum(segment.rows for segment in repository.snapshot().segments(card.id))
+        if not rows:
+            raise NotFound(
+                "every patch of the encoded scans was deleted, so there is nothing to index",
+                next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
+            )
         _commit_frame(transaction, card, progress)
         built = _commit_index(transaction, card, options)
-        rows = sum(segment.rows for segment in repository.snapshot().newest_segments(card.id).values())
     return IndexReport(
         card.id, report.encoded, report.skipped, report.refused, rows, built.recall_at_10, built.recipe.factory
     )
 
 
-def derive_again(repository: Repository, encoder_id: str, progress: Progress) -> None:
-    """Fit the frame and build the index of an encoder over the segments that there are; nothing is encoded."""
+def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:
+    """Fit the frame and build the index of an encoder over the rows that live, if there are any; nothing is encoded."""
+    options = IndexOptions() if min_recall is None else IndexOptions(min_recall=min_recall)
     with repository.transaction("index") as transaction, repository.pin() as head:
-        if head.segments(encoder_id):
+        if any(segment.rows for segment in head.segments(encoder_id)):
             card = read_card(head.encoder_path(encoder_id))
             _commit_frame(transaction, card, progress)
-            _commit_index(transaction, card, IndexOptions())
+            _commit_index(transaction, card, options)
+
+
+def recalls_asked_for(repository: Repository) -> dict[str, float]:
+    """By encoder (card id), the recall that its newest index was built for, where a generation still has its card."""
+    found: dict[str, float] = {}
+    for generation in reversed(listed(repository.storage)):
+        with suppress(StoreDamaged, NotFound), warnings.catch_warnings():
+            warnings.simplefilter("ignore", StoreWarning)  # of an index that is damaged: its card is not read
+            snapshot = repository.snapshot(generation)
+            for encoder in {made.fields["encoder"] for made in snapshot.artefacts("index")} - found.keys():
+                built = _stored_index(snapshot, encoder)
+                if built is not None:
+                    found[encoder] = built.min_recall
+    return found
+
+
+def _whole(head: Snapshot, scans: Sequence[str], report: IndexReport) -> Iterator[tuple[str, Path]]:
+    """Each scan whose voxels are as committed, and where they are on this machine; a damaged one is refused by name."""
+    for scan in scans:
+        try:
+            yield scan, head.chunks_path(scan)
+        except StoreDamaged as error:
+            report.refused.append(Refusal.of(scan, error))
 
 
 def _task_groups(
     transaction: Transaction,
-    head: Snapshot,
-    scans: Sequence[str],
+    scans: Iterator[tuple[str, Path]],
     keys: Mapping[str, str],
     encoder: Path,
     stride: int,
     device: str,
 ) -> Iterator[list[EncodeTask]]:
-    for start in range(0, len(scans), COMMIT_SCANS):
+    while group := list(islice(scans, COMMIT_SCANS)):
         yield [
-            EncodeTask(
-                keys[scan],
-                scan,
-                str(head.path / head.scan_row(scan)["artefact"]),
-                str(encoder),
-                str(transaction.stage("segment")),
-                stride,
-                device,
-            )
-            for scan in scans[start : start + COMMIT_SCANS]
+            EncodeTask(keys[scan], scan, str(voxels), str(encoder), str(transaction.stage("segment")), stride, device)
+            for scan, voxels in group
         ]
 
 
@@ -172,7 +195,7 @@ def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progres
 
 def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
     """A frame with a chart of every encoded scan; None when the stored one is that already."""
-    segments = snapshot.newest_segments(card.id)
+    segments = snapshot.segments_by_scan(card.id)
     before = _stored_frame(snapshot, card)
     missing = [scan for scan in segments if before is None or scan not in before.charts]
     if not missing:
@@ -210,11 +233,11 @@ def _lattices(segments: Mapping[str, Segment], card: EncoderCard, standard: Stan
 def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:
     """Build the index over the newest segment of every scan, unless the stored one covers these and is good enough."""
     with transaction.repository.pin() as snapshot:
-        segments = sorted(snapshot.newest_segments(card.id).values(), key=lambda segment: segment.first_row_id)
+        segments = sorted(snapshot.segments_by_scan(card.id).values(), key=lambda segment: segment.first_row_id)
         covers = [list(ends) for ends in row_ranges([segment.row_ids for segment in segments])]
         newest = snapshot.newest("index", card.id)
         if newest is not None and newest.fields["covers"] == covers:
-            built = _stored_index(snapshot, card)
+            built = _stored_index(snapshot, card.id)
             if built is not None and built.min_recall >= options.min_recall and _fits(built, options.max_ram):
                 return built
         blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
@@ -227,9 +250,9 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
         return cards[0]
 
 
-def _stored_index(snapshot: Snapshot, card: EncoderCard) -> IndexCard | None:
+def _stored_index(snapshot: Snapshot, encoder_id: str) -> IndexCard | None:
     """The card of the stored index; None when there is none that this version can read: it can be built again."""
-    path = snapshot.index_path(card.id)
+    path = snapshot.index_path(encoder_id)
     try:
         return None if path is None else IndexCard.read(path)
     except (StoreDamaged, Incompatible):

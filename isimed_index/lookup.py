@@ -125,9 +125,9 @@ class Lookup:
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
-        """The newest segment of each scan that has a chart."""
-        found = self.snapshot.newest_segments(self.card.id)
-        return {scan: segment for scan, segment in found.items() if scan in self.frame.charts}
+        """The segment of each scan that has a chart and living patches."""
+        found = self.snapshot.segments_by_scan(self.card.id)
+        return {scan: segment for scan, segment in found.items() if scan in self.frame.charts and segment.rows}
 
     def lattice(self, scan: str) -> Lattice:
         """A stored scan's vectors on their lattice."""
@@ -245,7 +245,10 @@ class Lookup:
             return np.asarray(vectors[0], dtype=np.float32)
         places, stored = source.lattice.stored()
         if not len(places):
-            raise NotFound("the scan shows no foreground, so nothing of it is encoded")
+            raise NotFound(
+                "no patch of the scan is there: it shows no foreground, or its patches were deleted",
+                next_step="ask from another scan",
+            )
         return np.asarray(stored[np.linalg.norm(places - at, axis=1).argmin()], dtype=np.float32)
 
     def _locate(self, source: Source, scan: str, at: Point, asked: Vectors) -> Place:

@@ -237,6 +237,24 @@ def forge(repository: Repository, change: Callable[[Artefact], Artefact | None],
     repository.storage.publish(manifest_name(forged.generation), forged.to_bytes())
 
 
+def without_copies(repository: Repository) -> Repository:
+    """The store as it was before published documents had copies."""
+    for copy in repository.path.rglob("*.copy"):
+        copy.unlink()
+    return repository
+
+
+def copy_of(path: Path) -> Path:
+    """The copy of a published document."""
+    return path.with_name(f"{path.name}.copy")
+
+
+def lose(path: Path) -> None:
+    """Damage a published document and its copy."""
+    for file in (path, copy_of(path)):
+        flip(file)
+
+
 def flip(path: Path, at: int = -2) -> None:
     """Flip one bit of a file, or of the first file of a folder."""
     file = path if path.is_file() else min(found for found in path.rglob("*") if found.is_file())

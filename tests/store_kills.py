@@ -276,8 +276,10 @@ def needless(line: Line, model: Model, past: dict[int, Model]) -> bool:
 
 def manifests(store: Path, folder: Path) -> Iterator[Manifest]:
     """The whole history, each generation once."""
-    paths = {path.name: path for place in (folder / "history", store / files.MANIFESTS) for path in place.iterdir()}
-    paths |= {path.name.removeprefix("expired-"): path for path in (store / files.TMP).glob("expired-*")}
+    paths = {
+        path.name: path for place in (folder / "history", store / files.MANIFESTS) for path in place.glob("*.json")
+    }
+    paths |= {path.name.removeprefix("expired-"): path for path in (store / files.TMP).glob("expired-*.json")}
     for name, path in paths.items():
         yield Manifest.from_bytes(path.read_bytes(), name)
 

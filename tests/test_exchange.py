@@ -51,7 +51,7 @@ QUESTIONS = (
 
 def every_vector(snapshot: Snapshot, encoder: str) -> dict[tuple[str, str], np.ndarray]:
     """By scan and output."""
-    segments = snapshot.newest_segments(encoder)
+    segments = snapshot.segments_by_scan(encoder)
     return {(scan, name): segment.vectors(name) for scan, segment in segments.items() for name in segment.outputs}
 
 
@@ -128,7 +128,7 @@ def test_arrays_lie_beside_their_patches(repository: Repository, tmp_path: Path)
     for encoder in (ENCODER, OTHER_ENCODER):
         rows = pq.read_table(tmp_path / "out" / encoder / "patches.parquet")
         assert set(rows["scan"].to_pylist()) == {"sub-02_ct"}
-        segment = snapshot.newest_segments(encoder)["sub-02_ct"]
+        segment = snapshot.segments_by_scan(encoder)["sub-02_ct"]
         assert rows["patch"].to_pylist() == segment.row_ids.tolist()
         for name in ("descriptor", "position"):
             array = np.load(tmp_path / "out" / encoder / f"{name}.npy", allow_pickle=False)
@@ -612,7 +612,7 @@ def test_foreign_embeddings_become_segments(store: Store, tmp_path: Path, dtype:
     done = store.import_(source, card=write_card(tmp_path), scans=scans)
     assert (done.added, done.patches) == (["p-1_T1w", "p-2_T1w"], 2 * 6 * 5 * 4)
     [encoder] = done.encoders
-    segment = store.snapshot.newest_segments(encoder)["p-2_T1w"]
+    segment = store.snapshot.segments_by_scan(encoder)["p-2_T1w"]
     patches = segment.patches()
     xyz = np.stack([patches[name].to_numpy() for name in ("x_mm", "y_mm", "z_mm")], axis=1)
     ijk = np.stack([patches[name].to_numpy() for name in "ijk"], axis=1)
@@ -795,3 +795,8 @@ def test_a_store_with_foreign_embeddings_comes_back_too(store: Store, tmp_path: 
         copy.import_(tmp_path / f"out{voxels}")
         assert_same_answers(store.snapshot, copy.snapshot)
         assert_same_vectors(store.snapshot, copy.snapshot, done.encoders[0])
+
+
+def test_an_export_does_not_go_into_the_store(cohort: Cohort) -> None:
+    with isi.open(cohort.store, mode="r") as store, pytest.raises(UsageError, match="inside the store"):
+        store.export(cohort.store / "scans" / "new")

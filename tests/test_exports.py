@@ -36,7 +36,7 @@ SIGNATURES = {
     "embeddings": "where=None, encoder=None, output=None",
     "delete": "where, what='scans', dry_run=False",
     "delete_encoder": "encoder, dry_run=False",
-    "purge": "subject, progress=None",
+    "purge": "subject, progress=None, report=None, unknown=False",
     "compact": "progress=None",
     "gc": "keep=10, dry_run=False",
     "tag": "name, generation=None",

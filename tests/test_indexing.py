@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from isimed_index import indexing
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
+from isimed_index.index.card import IndexCard
 
 
 @pytest.fixture
@@ -78,10 +80,10 @@ def test_where_chooses_scans_and_many_new_ones_refit_the_frame(cohort: Cohort, t
 def test_a_finer_stride_is_encoded_anew_and_answers_from_then_on(store: Store):
     with pytest.raises(UsageError, match="multiple of the encoder's spacing"):
         store.index(stride_mm=5.0)
-    coarse = store.snapshot.newest_segments(store.snapshot.segments()[0].encoder)
+    coarse = store.snapshot.segments_by_scan(store.snapshot.segments()[0].encoder)
     report = store.index(stride_mm=8.0, where="scan IN ('sub-02_T1w', 'sub-03_T1w')")
     assert sorted(report.encoded) == ["sub-02_T1w", "sub-03_T1w"]
-    fine = store.snapshot.newest_segments(store.snapshot.segments()[0].encoder)
+    fine = store.snapshot.segments_by_scan(store.snapshot.segments()[0].encoder)
     assert fine["sub-02_T1w"].rows > 6 * coarse["sub-02_T1w"].rows
     assert fine["sub-04_T1w"].path == coarse["sub-04_T1w"].path
     found = store.lookup(COPIES[2].moved([10, 20, 30]), "sub-02_T1w", where="scan = 'sub-03_T1w'")[0]
@@ -220,3 +222,89 @@ def test_a_scan_that_takes_the_id_of_a_deleted_one_does_not_inherit_its_chart(tm
     store.index()
     assert abs(np.diff(means("x_mm"))) > 100  # it lies elsewhere in patient space,
     assert abs(np.diff(means("cx_mm")) - before) < 10  # and at the same place of the canonical frame
+
+
+def test_scans_of_which_every_patch_was_deleted_do_not_answer(store: Store) -> None:
+    store.delete("scan = 'sub-02_T1w'", "patches")
+    found = store.lookup((0, 0, 0), "sub-01_ses-1_T1w", k=20).to_arrow()
+    assert "sub-02_T1w" not in found.column("scan").to_pylist()
+    store.index()  # and are not encoded again
+    assert store.sql("SELECT count(*) AS n FROM patches WHERE scan = 'sub-02_T1w'").to_pylist() == [{"n": 0}]
+    store.delete("true", "patches")
+    with pytest.raises(NotFound, match="every patch"):
+        store.index()
+
+
+def test_a_purge_builds_anew_for_the_recall_that_was_asked_for(store: Store, tmp_path: Path) -> None:
+    store.index(min_recall=0.99)
+    report = tmp_path / "erasure.json"
+    erased = store.purge("sub-02", report=report)
+    assert json.loads(report.read_text())["hits"] == erased.hits == 0
+    (encoder,) = erased.index_again
+    assert IndexCard.read(store.snapshot.index_path(encoder)).min_recall == 0.99
+    assert "sub-02_T1w" not in charts(store)
+    assert len(charts(store)) == store.sql("SELECT count(*) AS n FROM scans").column("n")[0].as_py()
+
+
+def test_a_purge_that_cannot_build_anew_still_reports(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, error: type[BaseException] = ValueError) -> None:
+        raise error("too few")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "fit_frame", lambda *_, **__: stop())
+        with pytest.warns(StoreWarning, match="too few. Next: isimed index"):
+            assert store.purge("sub-02").hits == 0
+    store.index()
+    report = tmp_path / "erasure.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "fit_frame", lambda *_, **__: stop(error=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.purge("sub-03", report=report)
+    assert json.loads(report.read_text())["scans"] == 1
+    store.index()
+    assert "sub-03_T1w" not in charts(store)
+
+
+def test_an_encoder_whose_patches_all_died_has_nothing_to_build(store: Store) -> None:
+    store.delete("true", "patches")
+    assert len(store.purge("sub-02").index_again) == 1
+    assert store.info()["indexes"] == []
+
+
+def test_a_template_of_a_deleted_subject_is_fitted_again(store: Store, tmp_path: Path) -> None:
+    def template() -> bytes:
+        path = store.snapshot.frame_path(store.sql("SELECT encoder FROM encoders").column("encoder")[0].as_py())
+        assert path is not None
+        return (path / "template.npy").read_bytes()
+
+    before = template()
+    store.delete("subject = 'sub-03'")
+    store.add(write_copy(tmp_path / "new", Copy("sub-09_T1w", "IRP", rigid((4, 3, -5), (9, 9, 9))), head()))
+    store.index()
+    assert template() == before
+    assert not {"sub-03_T1w"} & charts(store).keys()
+    store.gc(keep=1)  # of the subject, nothing but the template is left now
+    with pytest.raises(NotFound, match="deleted scans"):  # no file says whose it was: it may be a typing error
+        store.purge("sub-03")
+    assert store.purge("sub-03", unknown=True).hits == 0
+    assert template() != before
+    assert "sub-09_T1w" in charts(store)
+    with pytest.raises(NotFound):
+        store.purge("sub-03", unknown=True)
+
+
+def test_damaged_voxels_are_refused_by_name_and_the_rest_is_encoded(store: Store) -> None:
+    from isimed_index.store import integrity
+
+    encoder = add_random_encoder(store.path, "second", seed=1)
+    store.refresh()
+    voxels = store.path / store.snapshot.voxels_of["sub-02_T1w"] / "0" / "c" / "0" / "0" / "0"
+    content = bytearray(voxels.read_bytes())
+    content[50] ^= 1
+    voxels.write_bytes(content)
+    integrity._verify_hash.cache_clear()
+    done = store.index(encoder)
+    assert [(refusal.name, refusal.kind) for refusal in done.refused] == [("sub-02_T1w", "store_damaged")]
+    assert len(done.encoded) == 5

@@ -55,7 +55,7 @@ StoreOption = Annotated[
     ),
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", envvar="ISIMED_QUIET", help="Only results and errors: no notes, no progress.")
+    bool, typer.Option("--quiet", "-q", envvar="ISIMED_QUIET", help="Only results, warnings and errors.")
 ]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", envvar="ISIMED_VERBOSE", help="Log what the library does to stderr.")
@@ -289,8 +289,8 @@ def _messages(session: Session) -> Iterator[None]:
     """Warnings as one line on stderr, and the library's log with --verbose."""
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if session.verbose or category.__module__.startswith("isimed_"):
-            session.note(f"warning: {' '.join(str(message).split())}")
+        if session.verbose or category.__module__.startswith("isimed_"):  # also with --quiet
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     logger = logging.getLogger("isimed_index")
     handler = logging.StreamHandler(sys.stderr)

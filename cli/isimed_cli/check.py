@@ -73,6 +73,8 @@ def repair(session: Session, report: ReportOption = None) -> None:
         session.note(f"Next: isimed add the files of {len(done.add_again)} scans again")
     if done.encode_again or done.index_again:
         session.note("Next: isimed index")
+    if done.encode_again:
+        session.note("What had been deleted from the scans under encode_again comes back with it: delete it again")
     if done.lost:
         raise typer.Exit(DAMAGED)
 
@@ -82,16 +84,21 @@ def purge(
     session: Session,
     subject: Annotated[str, typer.Argument(help="The subject to erase.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether it is meant.")] = False,
+    unknown: Annotated[
+        bool,
+        typer.Option("--unknown", help="Also when nothing knows the subject: erase what is left of all deleted scans."),
+    ] = False,
     report: ReportOption = None,
 ) -> None:
     """Erase a subject from all generations, and prove it.
 
     Tags and old generations that hold something of the subject go too: this cannot be undone.
-    The report names neither the subject nor its scans.
+    The report names neither the subject nor its scans; it is written before frames and indexes are built anew.
+    Run it again to finish a purge that failed or was stopped.
     """
     import sys
 
-    from isimed_cli.render import show_fields, to_json
+    from isimed_cli.render import show_fields
     from isimed_index.errors import UsageError
 
     store = session.open(mode="a")
@@ -100,11 +107,11 @@ def purge(
             raise UsageError("erasing cannot be undone and was not confirmed", next_step="add --yes")
         typer.confirm("Erase this subject from every generation? This cannot be undone", abort=True, err=True)
     with session.progress() as progress:
-        done = store.purge(subject, progress)
+        done = store.purge(subject, progress, report, unknown)
     fields = done.to_json()
-    if report is not None:
-        report.write_text(to_json(fields, indent=2) + "\n", encoding="utf-8")
     short = {name: len(value) if isinstance(value, list | tuple) else value for name, value in fields.items()}
     show_fields(fields if session.format is not Format.TABLE else short, session.format)
+    if not done.scans:
+        session.note("no scan of this subject was known any more; what could not be told to be others' was erased")
     for remains in done.remains:
         session.note(f"not erased: {remains}")

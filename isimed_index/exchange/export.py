@@ -36,7 +36,6 @@ from isimed_index.store.sql.catalog import patch_rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES: tuple[StoredTable, ...] = ("scans", "subjects", "labels")
 LATTICES = "lattices.json"
 _OF_ENCODERS: tuple[ViewName, ...] = ("encoders", "segments", "indexes")
 _ROWS_AT_ONCE = 1 << 16  # of patches in a DuckDB file

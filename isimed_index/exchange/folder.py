@@ -91,9 +91,9 @@ def read_seal(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         known = content["format"] == FORMAT and isinstance(content["files"], dict)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"{folder.name} is no export: it has no {SEAL}",
+            f"{folder.name} is no folder that isimed export --parquet wrote: it has no {SEAL}",
             next_step="isimed import PATH --card FILE for embeddings of another program",
         ) from None
     except (OSError, ValueError, KeyError, TypeError):

@@ -186,7 +186,7 @@ def stored_geometry(head: Snapshot, scan: str) -> ScanGeometry:
 
 def _refuse_other_vectors(head: Snapshot, card: EncoderCard, embedded: Sequence[_Embedded], given: Foreign) -> None:
     """The same embeddings again are nothing new; others of the same scan and encoder are refused, not swapped in."""
-    stored = head.newest_segments(card.id)
+    stored = head.segments_by_scan(card.id)
     other = [one.scan for one in embedded if one.scan in stored and not _same(stored[one.scan], one, given)]
     if other:
         raise EncoderMismatch(
@@ -227,7 +227,7 @@ def _batch(
     }
     new = tables["scans"]
     digests = dict(zip(new["scan"].to_pylist(), new["digest"].to_pylist(), strict=True))
-    stored = head.newest_segments(card.id)
+    stored = head.segments_by_scan(card.id)
     segments = []
     for one in some:
         if one.scan not in stored:

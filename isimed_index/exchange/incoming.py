@@ -72,6 +72,11 @@ def _proposal(batch: Batch, head: Snapshot) -> Proposal:
     encoded = {(segment.encoder, segment.scan_artefact) for segment in head.segments()}
     place = {scan: head.scan_row(scan)["artefact"] for scan, _ in batch.segments if scan in there}
     place |= {scan: batch.voxels[scan].path for scan in fresh}
+    gone = sorted({scan for scan, _ in batch.segments} - place.keys())
+    if gone:
+        raise UsageError(
+            f"{len(gone)} scans were deleted from the store while they were imported", next_step="import again"
+        )
     segments = [
         replace(artefact, fields={**artefact.fields, "scan_artefact": place[scan]}) for scan, artefact in batch.segments
     ]

@@ -19,6 +19,7 @@ LEASES = "leases"
 TAGS = "tags"
 QUARANTINE = "quarantine"
 TMP = "tmp"
+COPY = ".copy"  # behind the name of a published document: the same bytes once more
 CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
 REPAIR = "isimed check, then isimed repair"
@@ -82,10 +83,16 @@ def tree_files(path: Path) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         yield "", path
         return
-    for folder, _, names in os.walk(path):
+    for folder, _, names in os.walk(path, onerror=_stop):
         for name in names:
             file = Path(folder, name)
             yield file.relative_to(path).as_posix(), file
+
+
+def _stop(error: OSError) -> None:
+    """A folder that cannot be listed is not empty; one that has gone is."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def tree_size(path: Path) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from isimed_index.errors import StoreDamaged, StoreUnreachable
+from isimed_index.errors import StoreDamaged, StoreUnreadable
 from isimed_index.store.files import REPAIR, tree_digest, tree_size
 from isimed_index.store.manifest import Artefact
+from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
 
 
@@ -37,12 +38,12 @@ def check_size(storage: Storage, artefact: Artefact) -> Path:
     try:
         path = storage.fetch(artefact.path)
         size = tree_size(path)
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
     except FileNotFoundError:
         raise _damaged(artefact, "is missing") from None
     except OSError as error:
-        raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
+        raise _unread(artefact, error) from None
     if not path.exists():
         raise _damaged(artefact, "is missing")
     _compare(artefact, size)
@@ -53,12 +54,12 @@ def check_there(storage: Storage, artefact: Artefact) -> None:
     """`StoreDamaged` when an artefact is missing from the store or has another size there; nothing is fetched."""
     try:
         size = storage.size(artefact.path)
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
     except FileNotFoundError:
         raise _damaged(artefact, "is missing") from None
     except OSError as error:
-        raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
+        raise _unread(artefact, error) from None
     _compare(artefact, size)
 
 
@@ -80,9 +81,15 @@ def check_hash(path: Path, artefact: Artefact) -> None:
     try:
         digest = tree_digest(path)
     except OSError as error:
-        raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
+        raise _unread(artefact, error) from None
     if digest.sha256 != artefact.sha256:
         raise _damaged(artefact, "does not match its hash")
+
+
+def _unread(artefact: Artefact, error: OSError) -> StoreDamaged:
+    """The damage that an error tells of; `StoreUnreadable` is raised when it does not."""
+    spare(error, f"the {artefact.kind} {artefact.name}")
+    return _damaged(artefact, f"cannot be read ({error.strerror})")
 
 
 def _damaged(artefact: Artefact, what: str) -> StoreDamaged:

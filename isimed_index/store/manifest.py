@@ -11,14 +11,16 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isimed_index.contracts import check_version
-from isimed_index.errors import IsimedError, NotFound, StoreDamaged, StoreNotFound, StoreUnreachable, StoreWarning
+from isimed_index.errors import IsimedError, NotFound, StoreDamaged, StoreNotFound, StoreUnreadable, StoreWarning
 from isimed_index.store import files
+from isimed_index.store.place.faults import spare
 
 if TYPE_CHECKING:
     from isimed_index.store.place.storage import Storage
@@ -28,6 +30,7 @@ _ARTEFACT_PATH = re.compile(
     r"|(encoders|segments|frames|indexes)/[0-7][0-9A-HJKMNP-TV-Z]{25})"
 )
 _SEAL = b'"sha256":"'
+_Parsed = TypeVar("_Parsed")
 _DIGITS = 20  # of a manifest's file name: enough for any 64-bit generation, and sorted as text
 
 
@@ -62,6 +65,44 @@ def unseal(content: bytes, name: str) -> dict[str, Any]:
         raise StoreDamaged(f"{name} does not match its own hash", next_step=files.REPAIR)
     document: dict[str, Any] = json.loads(content)
     return document
+
+
+def read_document(storage: Storage, relative: str, parse: Callable[[bytes], _Parsed]) -> _Parsed:
+    """What `parse` makes of a sealed document, this file of it alone; `StoreDamaged` when it is missing or damaged.
+
+    `StoreUnreadable` when it could not be read for a reason outside it.
+    """
+    name = relative.rpartition("/")[2]
+    try:
+        return parse(storage.read(relative))
+    except IsimedError:
+        raise
+    except FileNotFoundError:
+        raise StoreDamaged(f"{name} is missing", next_step=files.REPAIR) from None
+    except OSError as error:
+        spare(error, name)
+        raise StoreDamaged(f"{name} cannot be read ({error.strerror})", next_step=files.REPAIR) from None
+
+
+def read_published(storage: Storage, relative: str, parse: Callable[[bytes], _Parsed]) -> _Parsed:
+    """What `parse` makes of a sealed document, or else, with a `StoreWarning`, of its copy.
+
+    `StoreDamaged` where neither is good, and `FileNotFoundError` where neither is there.
+    """
+    try:
+        return read_document(storage, relative, parse)
+    except StoreDamaged as error:
+        damage = error
+    try:
+        found = read_document(storage, relative + files.COPY, parse)
+    except StoreDamaged:
+        if not (storage.exists(relative) or storage.exists(relative + files.COPY)):
+            raise FileNotFoundError(relative) from None
+        raise damage from None
+    with suppress(StoreDamaged):  # it may have been published between the two looks
+        return read_document(storage, relative, parse)
+    warnings.warn(f"{damage}; its copy is good and is read. Next: {files.REPAIR}", StoreWarning, stacklevel=3)
+    return found
 
 
 def utc_now() -> str:
@@ -194,38 +235,51 @@ def manifest_name(generation: int) -> str:
 
 
 def generation_of(name: str) -> int | None:
-    """The generation that a file name in `manifests/` stands for; None when it is no manifest's name."""
-    stem, _, suffix = name.partition(".")
+    """The generation that a file name in `manifests/` stands for, a copy's too; None when it is no manifest's name."""
+    stem, _, suffix = name.removesuffix(files.COPY).partition(".")
     return int(stem) if suffix == "json" and len(stem) == _DIGITS and stem.isdecimal() else None
 
 
 def listed(storage: Storage) -> list[int]:
-    """All generations that have a manifest file, oldest first, none of them opened."""
+    """All generations that have a manifest file or a copy of one, oldest first, none of them opened."""
     try:
         names = storage.names(files.MANIFESTS)
-    except (StoreUnreachable, StoreNotFound):  # StoreNotFound: not even the bucket is there
+    except (StoreUnreadable, StoreNotFound):  # StoreNotFound: not even the bucket is there
         raise
-    except OSError:
+    except OSError as error:
+        spare(error, files.MANIFESTS)
         raise StoreDamaged("the store's folder of manifests is missing", next_step=files.RESTORE) from None
-    return sorted(number for name in names if (number := generation_of(name)) is not None)
+    return sorted({number for name in names if (number := generation_of(name)) is not None})
+
+
+def is_there(storage: Storage, generation: int) -> bool:
+    """Whether a generation has a manifest file, or a copy of one."""
+    path = manifest_name(generation)
+    return storage.exists(path) or storage.exists(path + files.COPY)  # in this order: see `collect`
 
 
 def load(storage: Storage, generation: int) -> Manifest:
-    """The verified manifest of one generation; `NotFound`, `StoreDamaged` or `Incompatible` otherwise."""
-    path = manifest_name(generation)
-    name = path.split("/")[1]
+    """The verified manifest of one generation; `NotFound`, `StoreDamaged` or `Incompatible` otherwise.
+
+    Where it is damaged or missing and its copy is good, that is read, with a `StoreWarning`.
+    """
     try:
-        content = storage.read(path)
+        return read_published(storage, manifest_name(generation), parser(generation))
     except FileNotFoundError:
         raise NotFound(f"the store has no generation {generation}", next_step="isimed log") from None
-    except StoreUnreachable:
-        raise
-    except OSError as error:
-        raise StoreDamaged(f"{name} cannot be read ({error.strerror})", next_step=files.REPAIR) from None
-    manifest = Manifest.from_bytes(content, name)
-    if manifest.generation != generation:
-        raise StoreDamaged(f"{name} holds generation {manifest.generation}", next_step=files.REPAIR)
-    return manifest
+
+
+def parser(generation: int) -> Callable[[bytes], Manifest]:
+    """Reads the manifest of one generation, and refuses that of any other."""
+    name = manifest_name(generation).split("/")[1]
+
+    def parse(content: bytes) -> Manifest:
+        manifest = Manifest.from_bytes(content, name)
+        if manifest.generation != generation:
+            raise StoreDamaged(f"{name} holds generation {manifest.generation}", next_step=files.REPAIR)
+        return manifest
+
+    return parse
 
 
 def history(storage: Storage, until: int | None = None) -> list[Generation]:

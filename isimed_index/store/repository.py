@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from isimed_index.errors import (
     NotFound,
     StoreDamaged,
     StoreNotFound,
-    StoreUnreachable,
     StoreWarning,
     UsageError,
 )
@@ -23,9 +23,11 @@ from isimed_index.store.manifest import (
     Manifest,
     hinted,
     history,
+    is_there,
     listed,
     load,
     manifest_name,
+    read_published,
     seal,
     unseal,
     utc_now,
@@ -79,16 +81,11 @@ class Repository:
         storage = storage_of(path)
         committed = _committed(storage)  # before FORMAT.json is looked for, which a new store has earlier
         try:
-            content = storage.read(files.FORMAT)
-        except (FileNotFoundError, NotADirectoryError):
+            check_version(read_published(storage, files.FORMAT, partial(unseal, name=files.FORMAT)))
+        except FileNotFoundError:
             if committed:
                 raise StoreDamaged(f"{files.FORMAT} is missing", next_step=files.REPAIR) from None
             raise StoreNotFound(f"there is no store at {storage.name}", next_step=_NO_STORE) from None
-        except StoreUnreachable:
-            raise
-        except OSError as error:
-            raise StoreDamaged(f"{files.FORMAT} cannot be read ({error.strerror})", next_step=files.REPAIR) from None
-        check_version(unseal(content, files.FORMAT))
         return Repository(storage)
 
     @staticmethod
@@ -97,10 +94,12 @@ class Repository:
 
         `StoreNotFound` when there are no manifests either; `Incompatible` when a newer version wrote it.
         """
-        try:
-            return Repository.open(path)
-        except StoreDamaged:
-            return Repository(storage_of(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StoreWarning)  # what it tells is a finding
+            try:
+                return Repository.open(path)
+            except StoreDamaged:
+                return Repository(storage_of(path))
 
     def head(self) -> int:
         """The newest generation that can be read."""
@@ -145,7 +144,7 @@ class Repository:
                     lease.release()
                     return found
                 # A collector lists the leases after it took a manifest away: it sees whoever still finds it here.
-                if self.storage.exists(manifest_name(found.generation)):
+                if is_there(self.storage, found.generation):
                     return Snapshot(self.storage, found.manifest, newest=found.newest_generation, lease=lease)
         except BaseException:
             lease.release()
@@ -224,7 +223,7 @@ def _refuse_occupied(storage: Storage) -> None:
         ) from None
     occupied = any(name not in _OURS for name in names) or _committed(storage)
     # After the look inside: what another process has made there meanwhile is a store, not a folder in use.
-    if storage.exists(files.FORMAT):
+    if storage.exists(files.FORMAT) or storage.exists(files.FORMAT + files.COPY):
         raise _there_already(storage)
     if occupied:
         raise UsageError(f"{storage.name} is not empty", next_step="choose an empty folder or a new path")

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.contracts import conform
-from isimed_index.errors import NotFound, StoreDamaged, StoreUnreachable, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, StoreUnreadable, UsageError
 from isimed_index.store.files import REPAIR
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact
+from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.ranges import read_rows
 
@@ -191,7 +192,8 @@ class Segment:
             with pq.ParquetFile(path) as file:
                 groups = [int(self.part["part"])] if "part" in self.part else list(range(file.num_row_groups))
                 table = file.read_row_groups(groups if self.stored_rows else [], columns=columns and list(columns))
-        except (OSError, IndexError, pa.ArrowException):
+        except (OSError, IndexError, pa.ArrowException) as error:
+            spare(error, PATCHES)
             raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=REPAIR) from None
         if table.num_rows != self.stored_rows:
             raise StoreDamaged(
@@ -201,12 +203,14 @@ class Segment:
 
     def lattice(self) -> dict[str, Any]:
         """What `lattice.json` says of this segment; `StoreDamaged` when it cannot be read."""
+        path = self.verified()
         try:
-            content = json.loads((self.verified() / LATTICE).read_text(encoding="utf-8"))
+            content = json.loads((path / LATTICE).read_text(encoding="utf-8"))
             return dict(content[int(self.part["part"])] if "part" in self.part else content)
-        except StoreUnreachable:
+        except StoreUnreadable:
             raise
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            spare(error, LATTICE)
             raise StoreDamaged(f"{LATTICE} of a segment cannot be read", next_step=REPAIR) from None
 
 
@@ -254,7 +258,8 @@ def check_segment(directory: Path, fields: Mapping[str, Any]) -> None:
 
     try:
         rows = pq.read_metadata(directory / PATCHES).num_rows
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        spare(error, PATCHES)
         raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=REPAIR) from None
     if rows != fields["rows"]:
         raise StoreDamaged(f"{PATCHES} of a segment has {rows} rows, expected {fields['rows']}", next_step=REPAIR)
@@ -271,7 +276,8 @@ def _open_array(file: Path) -> NDArray[Any]:
             opened: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
         except ValueError:
             opened = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError) as error:
+        spare(error, file.name)
         raise StoreDamaged(f"{file.name} of a segment cannot be read", next_step=REPAIR) from None
     return opened
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from isimed_index.contracts import ViewName, arrow_schema
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
@@ -22,6 +22,7 @@ from isimed_index.store.files import CARD, REPAIR
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact, Manifest
 from isimed_index.store.place.claims import Claim
+from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from isimed_index.store.segment import Segment
 
 StoredTable = Literal["scans", "subjects", "labels"]
+STORED_TABLES: tuple[StoredTable, ...] = get_args(StoredTable)
 
 
 class Snapshot:
@@ -104,7 +106,8 @@ class Snapshot:
             path = self.verified(artefact)
             try:
                 piece = pq.read_table(path, partitioning=None)
-            except (OSError, pa.ArrowException):
+            except (OSError, pa.ArrowException) as error:
+                spare(error, f"the table {artefact.name}")
                 raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step=REPAIR) from None
             if piece.num_rows != artefact.fields["rows"]:
                 raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step=REPAIR)
@@ -150,7 +153,8 @@ class Snapshot:
         path = self.verified(artefact) / CARD
         try:
             card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            spare(error, CARD)
             raise StoreDamaged("an encoder's card cannot be read", next_step=REPAIR) from None
         return card
 
@@ -162,16 +166,30 @@ class Snapshot:
                 raise NotFound("the store has no encoder yet", next_step="isimed pretrain")
             return encoders[-1]
         exact = [artefact for artefact in encoders if artefact.fields["encoder"] == encoder]
-        named = exact or [artefact for artefact in encoders if self.card(artefact).get("name") == encoder]
+        named = exact or [artefact for artefact in encoders if self._name_of(artefact) == encoder]
         if named:
             return named[-1]
         begun = [artefact for artefact in encoders if encoder and artefact.fields["encoder"].startswith(encoder)]
         if len({artefact.fields["encoder"] for artefact in begun}) == 1:
             return begun[-1]
-        known = [name for artefact in encoders for name in (self.card(artefact)["name"], artefact.fields["encoder"])]
+        damaged = [artefact.fields["encoder"] for artefact in encoders if self._name_of(artefact) is None]
+        if damaged and not begun:
+            raise StoreDamaged(
+                f"no whole encoder is called {encoder!r}; the card of {' and '.join(damaged)} is damaged",
+                next_step=REPAIR,
+            )
+        names = filter(None, map(self._name_of, encoders))
+        known = [*names, *(str(artefact.fields["encoder"]) for artefact in encoders)]
         if begun:
             raise NotFound(f"{encoder!r} is the beginning of {len(begun)} encoder ids", next_step="give more of the id")
         raise _not_found("encoder", encoder, known, "isimed ls encoders")
+
+    def _name_of(self, artefact: Artefact) -> str | None:
+        """An encoder's name; None when its card is damaged: by its id it can still be found, and deleted."""
+        try:
+            return str(self.card(artefact)["name"])
+        except StoreDamaged:
+            return None
 
     def encoder_path(self, encoder: str | None = None) -> Path:
         """The folder of an encoder (`card.json`, `weights.safetensors`), found as `encoder_artefact` does, checked."""
@@ -211,12 +229,13 @@ class Snapshot:
             path = self.verified(piece)
             try:
                 rows = pq.read_table(path, partitioning=None).column("patch").to_numpy()
-            except (OSError, KeyError, pa.ArrowException):
+            except (OSError, KeyError, pa.ArrowException) as error:
+                spare(error, f"the tombstone {piece.name}")
                 raise StoreDamaged("a tombstone cannot be read", next_step=REPAIR) from None
             self._tombstones[piece.path] = rows
         return self._tombstones[piece.path]
 
-    def newest_segments(self, encoder_id: str) -> dict[str, Segment]:
+    def segments_by_scan(self, encoder_id: str) -> dict[str, Segment]:
         """By scan id, the segment of one encoder (there is one: a scan that is encoded again replaces it)."""
         return {self.scan_of[segment.scan_artefact]: segment for segment in self.segments(encoder_id)}
 
@@ -257,8 +276,8 @@ class Snapshot:
         """The rows of a view that an SQL condition keeps (None: all); `SqlRefused` if it is no condition."""
         from isimed_index.store.sql.catalog import matching
 
-        if where is None and view in get_args(StoredTable):
-            return self.table(cast("StoredTable", view))
+        if where is None and view in STORED_TABLES:
+            return self.table(view)
         return matching(self, view, "true" if where is None else where, timeout_s)
 
 

@@ -6,12 +6,13 @@ tags/<name>.json    sealed; names the generation and the hash of its manifest
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from isimed_index.contracts import validate
-from isimed_index.errors import IsimedError, NotFound, StoreDamaged, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, UsageError
 from isimed_index.store import files
-from isimed_index.store.manifest import Manifest, load, seal, unseal, utc_now
+from isimed_index.store.manifest import Manifest, load, read_published, seal, unseal, utc_now
 from isimed_index.store.place.faults import told
 from isimed_index.store.place.storage import Storage
 
@@ -40,41 +41,56 @@ def set_tag(storage: Storage, name: str, generation: int) -> Tag:
     content = {"tag": name, "generation": generation, "manifest": tag.manifest, "time": tag.time}
     try:
         with told(storage.root):
-            storage.publish(_path(name), seal(content))
+            storage.publish(tag_path(name), seal(content))
     except FileExistsError:
         raise UsageError(f"there is a tag {name!r} already", next_step=f"isimed tag --delete {name}") from None
     try:
         load(storage, generation)
     except NotFound:  # a collector that did not see the tag has taken it
-        storage.remove(_path(name))
+        _remove(storage, name)
         raise
     return tag
 
 
 def remove_tag(storage: Storage, name: str) -> None:
     """Forget a tag; `NotFound` when there is none. The generation itself stays until a collector takes it."""
-    if not _NAME.fullmatch(name) or not storage.exists(_path(name)):
+    if not _NAME.fullmatch(name) or not storage.exists(tag_path(name)):
         raise _not_found(storage, name)
     with told(storage.root):
-        storage.remove(_path(name))
-        storage.settle([_path(name)])
+        _remove(storage, name)
+
+
+def _remove(storage: Storage, name: str) -> None:
+    """The copy goes first, for good: a tag without a file is none, but its copy might be taken for a later one's."""
+    for path in (tag_path(name) + files.COPY, tag_path(name)):
+        storage.remove(path)
+        storage.settle([path])
 
 
 def find_tag(storage: Storage, name: str) -> Tag:
     """The tag of that name; `NotFound` when there is none, `StoreDamaged` when it is not as written."""
     if not _NAME.fullmatch(name):
         raise _not_found(storage, name)
-    file = name + _SUFFIX
+    if not storage.exists(tag_path(name)):  # whatever copy there is: see `_remove`
+        raise _not_found(storage, name)
     try:
-        content = unseal(storage.read(_path(name)), file)
+        return read_published(storage, tag_path(name), parser(name))
     except FileNotFoundError:
-        raise _not_found(storage, name) from None
-    except IsimedError:
-        raise
-    except OSError as error:
-        raise StoreDamaged(f"{file} cannot be read ({error.strerror})", next_step=files.REPAIR) from None
-    validate("tag", content)
-    return Tag(content["tag"], content["generation"], content["manifest"], content["time"])
+        raise _not_found(storage, name) from None  # removed meanwhile
+
+
+def parser(name: str) -> Callable[[bytes], Tag]:
+    """Reads the tag of one name, and refuses that of any other."""
+    file = name + _SUFFIX
+
+    def parse(content: bytes) -> Tag:
+        found = unseal(content, file)
+        validate("tag", found)
+        if found["tag"] != name:
+            raise StoreDamaged(f"{file} holds another tag", next_step=files.REPAIR)
+        return Tag(found["tag"], found["generation"], found["manifest"], found["time"])
+
+    return parse
 
 
 def tag_names(storage: Storage) -> list[str]:
@@ -92,7 +108,7 @@ def tagged(storage: Storage, name: str) -> Manifest:
     try:
         manifest = load(storage, tag.generation)
     except NotFound:
-        if not storage.exists(_path(name)):
+        if not storage.exists(tag_path(name)):
             raise _not_found(storage, name) from None  # removed meanwhile, and then collected
         raise StoreDamaged(
             f"generation {tag.generation}, which is tagged {name}, is missing", next_step=files.REPAIR
@@ -102,7 +118,8 @@ def tagged(storage: Storage, name: str) -> Manifest:
     return manifest
 
 
-def _path(name: str) -> str:
+def tag_path(name: str) -> str:
+    """Where a tag is, relative to the store."""
     return f"{files.TAGS}/{name}{_SUFFIX}"
 
 

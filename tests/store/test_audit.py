@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from store_builders import add_scan, flip, forge, whole_store
+from store_builders import add_scan, copy_of, flip, forge, lose, whole_store
 
-from isimed_index.errors import Incompatible, UsageError
+from isimed_index.errors import Incompatible, StoreUnreadable, UsageError
 from isimed_index.store.files import FORMAT, HEAD, MANIFESTS, new_id
 from isimed_index.store.manifest import Artefact, manifest_name, seal
 from isimed_index.store.repository import Repository
@@ -95,19 +98,24 @@ def test_a_chart_of_a_scan_that_is_gone_harms_nobody(repository: Repository):
 
 @pytest.mark.parametrize("content", [None, b"", b"{}\n", b"\xff\xfe"])
 def test_documents_that_cannot_be_read(repository: Repository, content: bytes | None):
+    copy_of(repository.path / FORMAT).unlink()
+    missing = ["copy_missing"]
     for name, kind in ((FORMAT, "format_damaged"), (HEAD, "head_missing" if content is None else "head_damaged")):
         path = repository.path / name
         kept = path.read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
-        assert kinds(Repository.unchecked(repository.path)) == [kind]
+        assert kinds(Repository.unchecked(repository.path)) == ([kind] if name == FORMAT else [*missing, kind])
+        assert (kind in kinds(repository, severity="damage")) == (name == FORMAT)  # the head is a hint
         path.write_bytes(kept)
 
 
 def test_a_damaged_head_is_told_beside_all_that_the_last_good_generation_says(repository: Repository):
-    (repository.path / manifest_name(7)).write_bytes(b"")
+    for file in (repository.path / manifest_name(7), copy_of(repository.path / manifest_name(7))):
+        file.write_bytes(b"")
     flip(repository.path / of_kind_at(repository, 6, "frame").path)
     assert kinds(repository) == ["artefact_hash", "manifest_damaged", "orphan"]
-    (repository.path / manifest_name(7)).unlink()
+    for file in (repository.path / manifest_name(7), copy_of(repository.path / manifest_name(7))):
+        file.unlink()
     assert kinds(repository) == ["artefact_hash", "manifest_missing", "orphan"]
 
 
@@ -116,17 +124,18 @@ def of_kind_at(repository: Repository, generation: int, kind: str) -> Artefact:
 
 
 def test_a_damaged_manifest_of_the_past(repository: Repository):
-    flip(repository.path / manifest_name(3))
+    lose(repository.path / manifest_name(3))
     found = only(repository)
     assert (found.kind, found.generations) == ("manifest_damaged", (3,))
-    (repository.path / manifest_name(3)).unlink()
+    for file in (repository.path / manifest_name(3), copy_of(repository.path / manifest_name(3))):
+        file.unlink()
     assert (only(repository).kind, only(repository).severity) == ("history_gap", "info")
 
 
 def test_a_manifest_that_was_replaced(repository: Repository):
     manifest = repository.snapshot(3).manifest
     (repository.path / manifest_name(3)).write_bytes(replace(manifest, verb="other").to_bytes())
-    assert kinds(repository) == ["manifest_replaced"]
+    assert kinds(repository) == ["copy_damaged", "manifest_replaced"]
 
 
 def test_a_store_without_any_good_generation(repository: Repository):
@@ -135,6 +144,41 @@ def test_a_store_without_any_good_generation(repository: Repository):
     assert kinds(repository, severity="damage") == ["manifest_damaged", "no_generation"]
     shutil.rmtree(repository.path / MANIFESTS)
     assert kinds(repository, severity="damage") == ["no_generation"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("folder", ["tables", "segments", "manifests", "frames", ""])
+def test_what_the_system_refuses_is_no_finding(
+    repository: Repository, folder: str, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    refuse(monkeypatch, repository.path / folder, OSError(number, os.strerror(number)))
+    with pytest.raises(StoreUnreadable) as caught:
+        audit(repository, 1.0)
+    assert caught.value.next_step
+
+
+def test_too_little_memory_is_no_finding(repository: Repository, monkeypatch: pytest.MonkeyPatch):
+    refuse(monkeypatch, repository.path / "encoders", MemoryError(), names=("card.json",), opens=2)
+    with pytest.raises(MemoryError):
+        audit(repository, 1.0)
+
+
+def refuse(
+    patch: pytest.MonkeyPatch, folder: Path, error: BaseException, names: tuple[str, ...] = (), opens: int = 1
+) -> None:
+    """Let the system refuse to open a file below a folder, the `opens`-th time that one is opened."""
+    real, seen = io.open, []
+
+    def opened(file: object, *arguments: object, **options: object) -> object:
+        path = Path(str(file))
+        ours = path.is_relative_to(folder) and path.suffix not in (".lock", ".jsonl", ".draft")
+        if ours and path.name != HEAD and (not names or path.name in names):
+            seen.append(path)
+            if len(seen) >= opens:
+                raise error
+        return real(file, *arguments, **options)
+
+    patch.setattr(io, "open", opened)
 
 
 def test_a_newer_store_is_not_damaged(repository: Repository):
@@ -210,8 +254,36 @@ def test_tags(repository: Repository):
     (repository.path / manifest_name(3)).write_bytes(replace(manifest, verb="other").to_bytes())
     assert "tag_missing_generation" in kinds(repository, severity="damage")
     (repository.path / manifest_name(3)).write_bytes(manifest.to_bytes())
-    flip(path)
+    lose(path)
     assert kinds(repository) == ["tag_damaged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(FORMAT, "format_damaged"), (manifest_name(7), "manifest_damaged"), (manifest_name(3), "manifest_damaged")],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_document_whose_copy_is_good(repository: Repository, name: str, kind: str, missing: bool):
+    path = repository.path / name
+    path.unlink() if missing else flip(path)
+    found = only(repository)
+    assert (found.kind, found.artefact, found.severity) == (kind, name, "damage")
+    assert found.repair == "writes it again from its copy"
+    assert "its copy is good" in found.message
+
+
+def test_copies_that_are_not_as_written_are_warnings(repository: Repository):
+    set_tag(repository.storage, "v1", 3)
+    copy = copy_of(repository.path / "tags" / "v1.json")
+    flip(copy)
+    assert (only(repository).kind, only(repository).severity) == ("copy_damaged", "warning")
+    assert only(repository).artefact == "tags/v1.json.copy"
+    shutil.copyfile(copy_of(repository.path / FORMAT), copy)  # good, but of something else
+    assert only(repository).kind == "copy_damaged"
+    copy.unlink()
+    copy_of(repository.path / manifest_name(2)).unlink()
+    assert (only(repository).kind, only(repository).severity) == ("copy_missing", "warning")
+    assert only(repository).message.startswith("2 documents")
 
 
 def test_leftovers_of_dead_writers(repository: Repository):

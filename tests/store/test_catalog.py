@@ -309,3 +309,24 @@ def test_a_later_generation_has_its_own_patches(tmp_path: Path) -> None:
     add_segment(repository, "sub-03_ct", 4)
     for store, n in ((before, 8), (repository.snapshot(), 12), (before, 8)):
         assert store.sql("SELECT count(*) AS n FROM patches").to_pylist() == [{"n": n}]
+
+
+@pytest.mark.parametrize("where", ["1", "nx", "'sub-01_T1w'", "scan", "nx / 0"])
+def test_a_condition_is_true_or_false_and_nothing_else(tmp_path: Path, where: str) -> None:
+    snapshot = whole_store(tmp_path / "c").snapshot()
+    with pytest.raises(SqlRefused, match="a condition that is true or false"):
+        snapshot.matching("scans", where)
+    assert snapshot.matching("scans", "NULL").num_rows == 0
+    assert snapshot.matching("scans", "nx > 1 -- all").num_rows == 2
+
+
+def test_an_error_shows_no_values_of_the_data(tmp_path: Path) -> None:
+    snapshot = whole_store(tmp_path / "c").snapshot()
+    with pytest.raises(SqlRefused) as refused:
+        snapshot.sql("SELECT CAST(scan AS INT) FROM scans")
+    assert "sub-0" not in str(refused.value)
+
+
+def test_an_endless_time_out_is_a_long_one(tmp_path: Path) -> None:
+    snapshot = whole_store(tmp_path / "c").snapshot()
+    assert snapshot.sql("SELECT 1 AS n", timeout_s=1e300).to_pylist() == [{"n": 1}]

@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 
 import pytest
-from store_builders import content, finish, stage_scan, start, whole_store
+from store_builders import content, copy_of, finish, stage_scan, start, whole_store
 
-from isimed_index.errors import NotFound, StoreDamaged, StoreLocked, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, StoreLocked, StoreWarning, UsageError
 from isimed_index.store.files import FOLDERS, INTENTS, LEASES, TMP
 from isimed_index.store.manifest import listed, manifest_name
 from isimed_index.store.repository import Repository
 from isimed_index.store.tags import find_tag, remove_tag, set_tag, tag_names
 from isimed_index.store.upkeep import collect as module
-from isimed_index.store.upkeep.collect import collect, leased
+from isimed_index.store.upkeep.collect import bring_back, collect, leased
 from isimed_index.store.upkeep.delete import delete_scans
 
 
@@ -87,7 +87,8 @@ def test_tags_are_exclusive_and_well_named(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             remove_tag(repository.storage, unknown)
     path = repository.path / "tags" / "v1.json"
-    path.write_bytes(path.read_bytes().replace(b'"generation":3', b'"generation":4'))
+    for file in (path, copy_of(path)):
+        file.write_bytes(file.read_bytes().replace(b'"generation":3', b'"generation":4'))
     with pytest.raises(StoreDamaged):
         repository.pin(tag="v1")
     with pytest.raises(StoreDamaged):  # what it keeps is not known
@@ -215,6 +216,39 @@ def test_a_collector_that_died_half_way_is_finished_by_the_next(tmp_path: Path) 
     reader.close()
 
 
+def test_a_collector_that_died_after_a_copy_or_between_is_finished(tmp_path: Path) -> None:
+    repository = whole_store(tmp_path / "c")
+    before = content(repository.snapshot(3))
+    reader = repository.pin(3)
+    path = repository.path / manifest_name(3)
+    for taken in ([copy_of(path)], [copy_of(path), path]):
+        for file in taken:
+            file.rename(repository.path / TMP / f"expired-{file.name}")
+        bring_back(repository.storage)
+        assert path.read_bytes() == copy_of(path).read_bytes()
+    path.unlink()  # the copy alone keeps it
+    with pytest.warns(StoreWarning):
+        collect(repository, keep=1)
+    with pytest.warns(StoreWarning):
+        kept = repository.snapshot(3)
+    assert content(kept) == before
+    reader.close()
+    collect(repository, keep=1)
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        Path(manifest_name(7)).name,
+        copy_of(Path(manifest_name(7))).name,
+    ]
+
+
+def test_a_tag_that_is_removed_leaves_no_copy(tmp_path: Path) -> None:
+    repository = whole_store(tmp_path / "c")
+    set_tag(repository.storage, "v1", 3)
+    path = repository.path / "tags" / "v1.json"
+    assert copy_of(path).exists()
+    remove_tag(repository.storage, "v1")
+    assert not list(path.parent.iterdir())
+
+
 def test_one_collector_at_a_time(tmp_path: Path) -> None:
     repository = whole_store(tmp_path / "c")
     with repository.storage.exclusive("collect"), pytest.raises(StoreLocked):
@@ -226,7 +260,8 @@ def test_nothing_is_collected_from_a_damaged_store(tmp_path: Path) -> None:
     repository = whole_store(tmp_path / "c")
     before = artefacts(repository)
     head = repository.path / manifest_name(7)
-    head.write_bytes(head.read_bytes()[:-9])
+    for file in (head, copy_of(head)):
+        file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(StoreDamaged), pytest.warns(UserWarning, match="generation 7"):
         collect(repository, keep=1)
     assert artefacts(repository) == before

@@ -29,10 +29,12 @@ from isimed_index.store.tags import set_tag, tag_names
 from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.absence import Words, search
 from isimed_index.store.upkeep.audit import audit
+from isimed_index.store.upkeep.collect import collect
 from isimed_index.store.upkeep.compact import compact
 from isimed_index.store.upkeep.delete import delete_patches, delete_scans
 from isimed_index.store.upkeep.purge import purge
 from isimed_index.store.upkeep.repair import repair
+from isimed_index.store.upkeep.unfinished import Unfinished
 
 GONE, KEPT = "sub-01", "sub-02"
 SCAN, OTHER = "sub-01_T1w", "sub-02_ct"
@@ -156,7 +158,7 @@ def test_a_writer_at_work_is_waited_for(repository: Repository):
     assert_nowhere(repository, GONE, SCAN)
 
 
-@pytest.mark.parametrize("at", ["collect", "_clear", "_prove"])
+@pytest.mark.parametrize("at", ["_commit", "collect", "_clear", "prove", "Unfinished.forget"])
 def test_a_purge_that_was_cut_short_is_resumed(repository: Repository, at: str, monkeypatch: pytest.MonkeyPatch):
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -165,11 +167,12 @@ def test_a_purge_that_was_cut_short_is_resumed(repository: Repository, at: str, 
         patch.setattr(f"isimed_index.store.upkeep.purge.{at}", die)
         with pytest.raises(KeyboardInterrupt):
             purge(repository, GONE)
-    if at == "_prove":  # all is gone but the proof
-        with pytest.raises(NotFound):
-            purge(repository, GONE)
-    else:
-        assert purge(repository, GONE).hits == 0
+    if at in ("prove", "Unfinished.forget"):  # all is gone but the proof, and its record names nobody
+        assert_nowhere(repository, GONE, SCAN)
+    done = purge(repository, GONE)
+    assert (done.scans, done.patches, done.hits, len(done.generations), done.index_again) == (1, 3, 0, 7, (ENCODER,))
+    with pytest.raises(NotFound):
+        purge(repository, GONE)
     assert_nowhere(repository, GONE, SCAN)
 
 
@@ -203,7 +206,8 @@ def test_a_damaged_table_is_repaired_first(repository: Repository):
 
 
 def test_old_generations_that_cannot_be_read_go_too(repository: Repository):
-    flip(repository.path / "manifests" / f"{4:020}.json")
+    for copy in (repository.path / "manifests").glob(f"{4:020}*"):
+        flip(copy)
     purge(repository, GONE)
     assert_nowhere(repository, GONE, SCAN)
     assert [line.generation for line in repository.generations()] == [0, 8]
@@ -242,6 +246,117 @@ def test_short_ids_are_not_found_by_chance(tmp_path: Path):
         add_scan(repository, scan)
     purge(repository, "1")
     assert repository.snapshot().scan_ids() == ["2_1", "12_a"]
+
+
+def collected(repository: Repository) -> None:
+    """Delete the subject, and let a collector take every generation and table that knew it."""
+    delete_scans(repository, f"subject = '{GONE}'")
+    collect(repository, keep=1)
+    assert len(repository.generations()) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_collector_made_nobodys_goes_too(repository: Repository, packed: bool):
+    if packed:
+        compact(repository)
+    collected(repository)
+    frame, index = (repository.snapshot().artefacts(kind)[0].path for kind in ("frame", "index"))
+    segments = {made.path for made in repository.snapshot().artefacts("segment")}
+    before = content(repository.snapshot())
+    done = purge(repository, GONE)
+    assert (done.scans, done.hits, done.rewritten, done.index_again) == (0, 0, int(packed), (ENCODER,))
+    assert set(done.artefacts) == {frame, index, *(segments if packed else ())}
+    assert content(repository.snapshot()) == before
+    assert_nowhere(repository, GONE, SCAN)
+    (segment,) = repository.snapshot().artefacts("segment")
+    assert segment.fields["rows"] == 5
+    with pytest.raises(NotFound):
+        purge(repository, GONE)
+
+
+def test_rows_of_nobody_go_with_any_subject(repository: Repository):
+    add_scan(repository, "sub-03_T1w")
+    add_segment(repository, "sub-03_T1w", 4)
+    compact(repository)
+    collected(repository)
+    assert purge(repository, "sub-03").patches == 4
+    assert_nowhere(repository, GONE, SCAN, "sub-03")
+    assert repository.snapshot().artefacts("segment")[0].fields["rows"] == 5
+
+
+def test_an_index_of_rows_that_nobody_has_goes(repository: Repository):
+    (frame,) = repository.snapshot().artefacts("frame")
+    with repository.transaction("index") as transaction:
+        transaction.commit(lambda head: Proposal(drop=[frame.path]))
+    collected(repository)
+    (index,) = repository.snapshot().artefacts("index")
+    with pytest.raises(NotFound, match="1 artefacts hold something of deleted scans"):
+        purge(repository, GONE)  # nothing says that it is theirs: it may be a typing error
+    assert purge(repository, GONE, unknown=True).artefacts == (index.path,)
+
+
+def test_a_file_with_the_id_of_an_unknown_subject_is_told(repository: Repository):
+    (repository.path / "tmp" / "notes.txt").write_text("sub-77 again")
+    with pytest.raises(StoreDamaged, match=r"tmp/notes\.txt"):
+        purge(repository, "sub-77")
+    (repository.path / "tmp" / "notes.txt").unlink()
+    assert purge(repository, "sub-77").scans == 0  # what it began is ended,
+    with pytest.raises(NotFound):  # and then there is nothing
+        purge(repository, "sub-77")
+
+
+def test_an_erasure_that_was_not_proved_is_proved_by_the_next(repository: Repository):
+    notes = repository.path / "notes.json"
+    notes.write_text(json.dumps([f"look at {SCAN}"]))
+    for _ in range(2):  # by its words, then by what is recorded of them
+        with pytest.raises(StoreDamaged, match=r"notes\.json"):
+            purge(repository, GONE)
+    notes.unlink()
+    assert_nowhere(repository, GONE, SCAN)
+    assert (purge(repository, GONE).scans, list((repository.path / "tmp").glob("purge-*"))) == (1, [])
+
+
+def test_words_that_are_known_by_hash_alone_are_found(repository: Repository):
+    record = Unfinished.new("7").knowing(["visit-a"], Words(("visit-a",), frozenset({"visit-a", "7"})))
+    words = Words((), frozenset(), record.sealed())
+    assert words.in_text("see visit-a.")
+    assert words.in_ids({"7"})
+    assert not words.in_text("see visit-ab, 7")
+    assert not words.in_ids({"77"})
+    assert not Words((), frozenset(), record.sealed().but({"7", "visit-a"})).in_ids({"7", "visit-a"})
+
+
+def test_the_record_of_one_subject_is_nothing_to_another(repository: Repository):
+    with repository.pin(5):
+        with pytest.raises(StoreLocked):
+            purge(repository, GONE)
+        with pytest.raises(NotFound):
+            purge(repository, "sub-77")
+    assert purge(repository, GONE).scans == 1
+
+
+def test_a_template_outlives_no_chart(repository: Repository):
+    add_scan(repository, "sub-03_T1w")
+    with repository.transaction("index") as transaction:  # as `index` extends a frame: the charts change alone
+        (old,) = repository.snapshot().artefacts("frame")
+        path = transaction.stage("frame")
+        pq.write_table(pa.table({"scan": [OTHER]}), path / "charts.parquet")
+        made = transaction.add("frame", path, encoder=ENCODER)
+        delete_scans(repository, f"scan = '{SCAN}'")
+        transaction.commit(lambda head: Proposal([made], drop=[old.path]))
+    assert made.path in purge(repository, GONE).artefacts
+
+
+def test_a_template_that_others_made_stays(repository: Repository):
+    purge(repository, GONE)
+    add_frame(repository, OTHER)
+    add_index(repository)
+    add_scan(repository, "sub-03_T1w")
+    kept = {made.path for kind in ("frame", "index") for made in repository.snapshot().artefacts(kind)}
+    assert purge(repository, "sub-03").index_again == ()
+    assert kept <= {made.path for made in repository.snapshot().manifest.artefacts}
+    with pytest.raises(NotFound):
+        purge(repository, GONE)
 
 
 def test_metadata_that_only_the_subject_had_leaves_no_dictionary(repository: Repository):

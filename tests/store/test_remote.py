@@ -8,13 +8,14 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cohorts import COPIES, SPACING_MM, add_random_encoder, head, write_copy
 from s3_server import BUCKET, S3Server
 from store_builders import (
     ENCODER,
@@ -56,6 +57,7 @@ from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.collect import collect
 from isimed_index.store.upkeep.compact import compact
 from isimed_index.store.upkeep.delete import delete_patches, delete_scans
+from isimed_index.store.upkeep.purge import purge
 from isimed_index.store.upkeep.restore import restore
 from isimed_index.testing.conformance import StorageConformance
 
@@ -93,6 +95,14 @@ def elsewhere(url: str, tmp_path: Path) -> Repository:
     found = ObjectStorage(url, tmp_path / "caches" / files.new_id())
     Repository.open(url)
     return Repository(found)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
 
 
 def small_store(url: str | Path) -> Repository:
@@ -195,6 +205,23 @@ class TestWorkload:
         assert not [name for name, content in contents.items() if b"sub-01" in content]
         assert len([name for name in contents if "/scans/" in name]) == 2  # of the one that stays
 
+    def test_a_cache_that_remembers_a_subject_forgets_it(self, s3: S3Server, url: str, tmp_path: Path):
+        mine = whole_store(url)
+        checkpoints = mine.path / files.TMP / "pretrain-0123"
+        checkpoints.mkdir()
+        (checkpoints / "samples.json").write_text('["sub-01_T1w"]')
+        other = elsewhere(url, tmp_path)
+        delete_scans(other, "subject = 'sub-01'")
+        collect(other, keep=1)
+        assert [file for file in mine.path.rglob("*.parquet") if b"sub-01" in file.read_bytes()]
+        done = purge(mine, "sub-01")
+        assert (done.hits, done.index_again) == (0, (ENCODER,))
+        assert not checkpoints.exists()
+        assert not [file for file in mine.path.rglob("*") if file.is_file() and b"sub-01" in file.read_bytes()]
+        assert any("other machines" in line for line in done.remains)
+        assert any("versions" in line for line in done.remains)
+        assert mine.snapshot().sql(COUNTS).to_pylist() == [{"scan": "sub-02_ct", "patches": 5}]
+
     def test_a_copied_directory_is_a_store(self, url: str, tmp_path: Path):
         local = small_store(tmp_path / "local")
         bucket = Bucket(url)
@@ -225,6 +252,37 @@ class TestWorkload:
             Repository(storage).snapshot().sql(COUNTS)
         assert cold["GET"] > 6
         assert (warm["GET"], warm["LIST"]) == (2, 1)  # HEAD.json, the manifests, the newest of them
+
+
+class TestFromEmptyCaches:
+    """Each command as on a machine of its own."""
+
+    def test_add_here_index_there_and_ask_elsewhere(
+        self, s3: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        template, (one, other) = head(), (COPIES[0], COPIES[2])
+        with isimed_index.create(url) as store:
+            store.add([write_copy(tmp_path / "images", copy, template) for copy in (one, other)])
+        add_random_encoder(url)
+        artefact = Repository.open(url).snapshot().scan_row(other.stem)["artefact"]
+        chunk = next(name for name in s3.objects() if name.startswith(key(url, artefact)) and "/c/" in name)
+        whole = bytes(s3.objects()[chunk].value)
+
+        monkeypatch.setenv("ISIMED_CACHE", str(tmp_path / "second"))
+        s3.spoil(chunk, whole[:-1] + bytes([whole[-1] ^ 1]))
+        with isimed_index.open(url) as store:
+            report = store.index()
+            assert (report.encoded, [refusal.name for refusal in report.refused]) == ([one.stem], [other.stem])
+            s3.spoil(chunk, whole)
+            report = store.index()
+            assert (report.encoded, report.skipped, report.refused) == ([other.stem], [one.stem], [])
+
+        monkeypatch.setenv("ISIMED_CACHE", str(tmp_path / "third"))
+        place = np.array([10.0, 20.0, 30.0])
+        with isimed_index.open(url, mode="r") as store:
+            (found,) = store.lookup(one.moved(place), one.stem)
+            assert found.scan == other.stem
+            assert np.linalg.norm(found.xyz_mm - other.moved(place)) < SPACING_MM
 
 
 class TestWriters:
@@ -341,7 +399,118 @@ class TestWriters:
         claim.release()
 
 
+class TestLock:
+    @pytest.fixture
+    def place(self, s3: S3Server, url: str, tmp_path: Path) -> ObjectStorage:
+        return ObjectStorage(url, tmp_path / "holder", ttl_s=10.0)
+
+    def test_a_lost_answer_does_not_lose_it(self, s3: S3Server, url: str, place: ObjectStorage, tmp_path: Path):
+        lost: list[str] = []
+
+        def once(method: str, path: str) -> bool:
+            hit = method == "PUT" and path.endswith("/collect.lock") and not lost
+            lost.extend([path] * hit)
+            return hit
+
+        lock = key(url, "tmp/collect.lock")
+        with place.exclusive("collect"):
+            with s3.losing(once):
+                wait_until(lambda: bool(lost))
+            s3.age(lock, 60)
+            before = s3.objects()[lock].last_modified
+            wait_until(lambda: s3.objects()[lock].last_modified > before)  # it beats on
+            with pytest.raises(StoreLocked), ObjectStorage(url, tmp_path / "other", ttl_s=10.0).exclusive("collect"):
+                pass
+        assert place.names("tmp") == []
+
+    def test_a_write_that_was_done_and_failed_does_not_lose_it(
+        self, s3: S3Server, url: str, place: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+    ):
+        """As when the service is gone for good after it took the write."""
+        swap = Bucket.swap
+
+        def done_and_failed(self: Bucket, *arguments):
+            swap(self, *arguments)
+            raise StoreUnreachable("gone")
+
+        with place.exclusive("collect"):
+            lock = place._locks["collect"]
+            lock._heartbeat.stop()
+            with monkeypatch.context() as patched:
+                patched.setattr(Bucket, "swap", done_and_failed)
+                with pytest.raises(StoreUnreachable):
+                    lock.renew()
+            lock.renew()  # meets its own write and adopts it
+            written = s3.objects()[key(url, "tmp/collect.lock")].value
+            lock.renew()
+            assert s3.objects()[key(url, "tmp/collect.lock")].value != written
+            assert place.held("collect")
+
+    def test_one_that_was_taken_over_is_lost(self, s3: S3Server, url: str, place: ObjectStorage):
+        name = key(url, "tmp/collect.lock")
+        with place.exclusive("collect"):
+            lock = place._locks["collect"]
+            lock._heartbeat.stop()
+            assert place.held("collect")
+            s3.spoil(name, b"of another")
+            for _ in range(2):
+                lock.renew()
+                assert not place.held("collect")
+        assert bytes(s3.objects()[name].value) == b"of another"
+        assert not place.held("collect")
+
+    def test_one_that_was_not_renewed_in_time_is_not_relied_on(self, place: ObjectStorage):
+        with place.exclusive("collect"):
+            lock = place._locks["collect"]
+            lock._heartbeat.stop()
+            lock._written_s -= 0.91 * lock._ttl_s  # as after a sleep
+            assert not place.held("collect")
+            lock.renew()  # which nobody else has taken: so the service says by taking the write
+            assert place.held("collect")
+
+
+class LosesItsLock(ObjectStorage):
+    """A place whose lock is lost after it was asked for it so often."""
+
+    asked = 0
+    lost_after = 0
+
+    def held(self, name: str) -> bool:
+        assert super().held(name)
+        self.asked += 1
+        return self.asked <= self.lost_after
+
+
 class TestCollect:
+    @pytest.mark.parametrize("lost_after", [0, 1, 3, 4, 6, 7])
+    def test_one_that_lost_its_lock_stops(self, url: str, tmp_path: Path, lost_after: int):
+        """3 manifests are taken away, 3 removed, then 2 artefacts: what is away when it stops, the next one returns."""
+        repository = Repository.create(url)
+        add_scan(repository, "sub-01_T1w")
+        delete_scans(repository, "true")
+        add_scan(repository, "sub-02_T1w")
+        place = LosesItsLock(url, tmp_path / "loser")
+        place.lost_after = lost_after
+        before = {folder: len(place.names(folder)) for folder in ("manifests", "scans", "tables")}
+        with pytest.raises(StoreLocked, match="nothing more was removed"):
+            collect(Repository(place), keep=1)
+        gone = max(0, lost_after - 3)
+        assert sum(before[folder] - len(place.names(folder)) for folder in ("scans", "tables")) == max(0, gone - 3)
+        assert len(place.names("manifests")) + len(place.names("tmp")) == before["manifests"] - min(gone, 3)
+        other = elsewhere(url, tmp_path)
+        collect(other, keep=1)
+        assert (other.storage.names("tmp"), len(other.storage.names("manifests"))) == ([], 1)
+        assert other.snapshot().scan_ids() == ["sub-02_T1w"]
+
+    def test_what_dead_processes_wrote_for_a_moment_goes(self, s3: S3Server, url: str):
+        storage = Repository.create(url).storage
+        names = ("old.clock", "old.probe", "old.other", "new.clock", "new.probe")
+        for name in names:
+            storage.replace(f"tmp/{name}", b"")
+        s3.age(key(url, "tmp/old"), 601)
+        storage.sweep()
+        assert storage.names("tmp") == ["new.clock", "new.probe", "old.other"]
+
     def test_what_a_living_writer_uploaded_stays(self, url: str, tmp_path: Path):
         repository = Repository.create(url)
         with repository.transaction("add") as writer:

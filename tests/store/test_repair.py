@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from store_builders import (
@@ -13,16 +17,19 @@ from store_builders import (
     add_scan,
     add_segment,
     content,
+    copy_of,
     finish,
     flip,
     forge,
+    lose,
     scan_rows,
     stage_scan,
     start,
     whole_store,
+    without_copies,
 )
 
-from isimed_index.errors import StoreDamaged, StoreLocked, StoreWarning
+from isimed_index.errors import StoreDamaged, StoreLocked, StoreUnreadable, StoreWarning
 from isimed_index.store import integrity
 from isimed_index.store.files import FORMAT, HEAD
 from isimed_index.store.manifest import manifest_name
@@ -30,8 +37,10 @@ from isimed_index.store.repository import Repository
 from isimed_index.store.tags import set_tag, tag_names
 from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.audit import audit
+from isimed_index.store.upkeep.collect import collect
 from isimed_index.store.upkeep.compact import compact
 from isimed_index.store.upkeep.delete import delete_patches, delete_scans
+from isimed_index.store.upkeep.purge import purge
 from isimed_index.store.upkeep.repair import repair
 from isimed_index.store.upkeep.restore import restore
 
@@ -171,7 +180,7 @@ def test_a_damaged_encoder_takes_nothing_with_it(repository: Repository):
 
 
 def test_a_damaged_head_gives_way_to_a_generation_after_the_last_good_one(repository: Repository):
-    flip(repository.path / manifest_name(7))
+    lose(repository.path / manifest_name(7))
     with pytest.warns(StoreWarning):
         before = content(repository.snapshot())
     done = repair(repository)
@@ -185,7 +194,8 @@ def test_a_damaged_head_gives_way_to_a_generation_after_the_last_good_one(reposi
 
 
 def test_a_head_that_is_gone(repository: Repository):
-    (repository.path / manifest_name(7)).unlink()
+    for file in (repository.path / manifest_name(7), copy_of(repository.path / manifest_name(7))):
+        file.unlink()
     assert repair(repository).generation == 8
     assert damage(repository) == []
 
@@ -195,6 +205,7 @@ def test_documents_are_written_again(repository: Repository, content: bytes | No
     for name in (FORMAT, HEAD):
         path = repository.path / name
         path.unlink() if content is None else path.write_bytes(content)
+    copy_of(repository.path / FORMAT).write_bytes(b"")
     with pytest.raises(StoreDamaged):
         Repository.open(repository.path)
     done = repair(repository.path)
@@ -229,8 +240,9 @@ def test_old_damage_is_told_and_put_away(repository: Repository):
 def test_damaged_tags_are_put_away(repository: Repository):
     for name, generation in (("a", 3), ("b", 4), ("c", 5)):
         set_tag(repository.storage, name, generation)
-    flip(repository.path / "tags" / "a.json")
-    (repository.path / manifest_name(4)).unlink()
+    lose(repository.path / "tags" / "a.json")
+    for file in (repository.path / manifest_name(4), copy_of(repository.path / manifest_name(4))):
+        file.unlink()
     assert repair(repository).tags == ("a", "b")
     assert tag_names(repository.storage) == ["c"]
     assert damage(repository) == []
@@ -328,8 +340,125 @@ def test_what_a_writer_has_staged_is_left_alone(repository: Repository):
 def test_row_ids_that_a_damaged_generation_gave_away_are_not_given_again(repository: Repository):
     before = repository.snapshot().manifest.next_row_id
     lost = add_segment(repository, "sub-01_T1w", 4).segments()[-1]  # an exported table may name its rows
-    flip(repository.path / manifest_name(repository.head()))
+    lose(repository.path / manifest_name(repository.head()))
     repair(repository)
     given = add_segment(repository, "sub-02_ct", 4, seed=1).segments()[-1]
     assert lost.first_row_id == before
     assert given.first_row_id >= lost.end_row_id
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", [FORMAT, manifest_name(8), manifest_name(2), "tags/v1.json"])
+@pytest.mark.parametrize("which", ["document", "copy"])
+def test_a_document_is_written_again_from_its_other_file(repository: Repository, name: str, which: str, missing: bool):
+    if (name, which, missing) == ("tags/v1.json", "document", True):
+        pytest.skip("a tag without a file is none")
+    delete_patches(repository, f"scan = '{FIRST}' AND i = 1")
+    set_tag(repository.storage, "v1", 3)
+    before, path = content(repository.snapshot()), repository.path / name
+    kept = path.read_bytes()
+    bad = path if which == "document" else copy_of(path)
+    bad.unlink() if missing else flip(bad)
+    done = repair(repository.path)
+    assert done.rewritten == (bad.relative_to(repository.path).as_posix(),)
+    assert (done.committed, done.quarantined, done.lost, done.tags, done.unnamed) == (False, (), (), (), ())
+    assert path.read_bytes() == copy_of(path).read_bytes() == kept
+    assert path.stat().st_ino != copy_of(path).stat().st_ino
+    assert content(repository.snapshot()) == before
+    assert audit(repository, 1.0) == []
+
+
+def test_a_store_of_a_version_without_copies_gets_them(repository: Repository):
+    without_copies(repository)
+    done = repair(repository)
+    assert len(done.rewritten) == 9  # FORMAT.json and generations 0 to 7
+    assert not done.committed
+    assert audit(repository, 1.0) == []
+
+
+def test_a_lost_generation_is_told_and_its_deletions_of_patches_hold(repository: Repository):
+    delete_patches(repository, f"scan = '{FIRST}' AND i = 1")
+    delete_patches(repository, f"scan = '{SECOND}' AND i = 2")
+    before = content(repository.snapshot())
+    assert len(before["patches"]) == 6
+    lose(repository.path / manifest_name(8))
+    lose(repository.path / manifest_name(9))
+    done = repair(repository)
+    assert content(repository.snapshot()) == before
+    assert repository.snapshot().manifest.rows == 6
+    assert [line.split(" is lost")[0] for line in done.lost] == ["generation 8", "generation 9"]
+    assert all("deletions too" in line and "copy" in line for line in done.lost)
+    assert len(done.unnamed) == 2
+    assert damage(repository) == []
+    again = repair(repository)
+    assert (again.committed, again.lost, again.unnamed) == (False, (), ())
+
+
+def test_a_tombstone_that_is_lost_too_is_told(repository: Repository):
+    delete_patches(repository, f"scan = '{FIRST}' AND i = 1")
+    path_of(repository, "tombstone").write_bytes(b"PAR1")
+    lose(repository.path / manifest_name(8))
+    done = repair(repository)
+    assert len(done.lost) == 2
+    assert "cannot be read" in done.lost[1]
+    assert len(content(repository.snapshot())["patches"]) == 8
+
+
+def test_rows_of_a_part_that_is_dropped_are_not_buried(repository: Repository):
+    delete_patches(repository, "i = 1")
+    flip(path_of(repository, "segment"))
+    lose(repository.path / manifest_name(8))
+    assert repair(repository).encode_again == (FIRST,)
+    patches = content(repository.snapshot())["patches"].values()
+    assert sorted((scan, i) for scan, i, _ in patches) == [(SECOND, i) for i in (0, 2, 3, 4)]
+    assert damage(repository) == []
+
+
+def test_what_only_a_lost_generation_named_is_kept_from_the_collector(repository: Repository):
+    purge(repository, "sub-02")
+    held = {artefact.path for artefact in repository.snapshot().manifest.artefacts}
+    assert [line.generation for line in repository.generations()] == [0, 1, 8]
+    collect(repository, keep=1)
+    lose(repository.path / manifest_name(8))
+    Repository.create(repository.path.parent / "empty")
+    shutil.copy(repository.path.parent / "empty" / manifest_name(0), repository.path / "manifests")
+    done = repair(repository)  # of a store that has nothing to go back to
+    assert set(done.unnamed) == held
+    assert len(done.lost) == 8
+    assert repository.snapshot().scan_ids() == []
+    collect(repository, keep=1)
+    kept = {path.name for path in (repository.path / "quarantine").iterdir()}
+    assert {path.replace("/", "-") for path in held} <= kept
+
+
+def test_what_a_dead_writer_left_does_not_delete(repository: Repository):
+    transaction = repository.transaction("delete")
+    transaction.__enter__()
+    path = transaction.stage("tombstone")
+    pq.write_table(pa.table({"patch": [0, 1]}), path)
+    transaction._claim.release()  # it died before it committed
+    repair(repository)
+    assert len(content(repository.snapshot())["patches"]) == 8
+
+
+def test_what_the_system_refuses_costs_nothing(repository: Repository):
+    before = {path: path.read_bytes() for path in repository.path.rglob("*") if path.is_file()}
+    lowered, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(lowered, 256), hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(12):  # each time a little further
+            for descriptor in taken[-1:]:
+                os.close(taken.pop() if descriptor else descriptor)
+            with suppress(StoreUnreadable, OSError):
+                repair(repository)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
+    assert not (repository.path / "quarantine").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    assert repository.head() == 7

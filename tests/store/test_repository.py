@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from store_builders import add_scan, finish, start, whole_store
+from store_builders import add_scan, copy_of, finish, start, whole_store
 
 from isimed_index.errors import Incompatible, NotFound, StoreDamaged, StoreNotFound, StoreWarning, UsageError
 from isimed_index.store import files
@@ -38,6 +39,12 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def both(damage: Callable[[Path], None], path: Path) -> None:
+    """Damage a document and its copy."""
+    for file in (path, copy_of(path)):
+        damage(file)
+
+
 DAMAGE = [flip, truncate, empty, zero, Path.unlink]
 
 
@@ -52,7 +59,7 @@ def test_a_new_store_is_empty_and_opens(tmp_path: Path) -> None:
 def test_create_takes_an_empty_folder_and_completes_a_creation_cut_short(tmp_path: Path) -> None:
     (tmp_path / "c" / "manifests").mkdir(parents=True)
     Repository.create(tmp_path / "c")
-    (tmp_path / "c" / files.FORMAT).unlink()
+    both(Path.unlink, tmp_path / "c" / files.FORMAT)
     assert Repository.create(tmp_path / "c").head() == 0
 
 
@@ -74,6 +81,9 @@ def test_create_refuses_the_remains_of_a_store(tmp_path: Path) -> None:
     add_scan(Repository.create(tmp_path / "c"), "s")
     for name in (files.FORMAT, files.HEAD):
         (tmp_path / "c" / name).unlink()
+    with pytest.raises(UsageError, match="a store already"):
+        Repository.create(tmp_path / "c")
+    copy_of(tmp_path / "c" / files.FORMAT).unlink()
     with pytest.raises(UsageError, match="not empty"):
         Repository.create(tmp_path / "c")
 
@@ -156,9 +166,7 @@ def test_open_beside_a_creator_finds_no_store_or_a_whole_one(tmp_path: Path, mon
                 add_scan(Repository.create(tmp_path / "c"), "s")
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    with pytest.raises(StoreNotFound):
-        Repository.open(tmp_path / "c")
-    assert Repository.open(tmp_path / "c").snapshot().scan_ids() == ["s"]
+    assert Repository.open(tmp_path / "c").snapshot().scan_ids() == ["s"]  # and no warning
 
 
 def test_open_says_when_there_is_no_store(tmp_path: Path) -> None:
@@ -171,7 +179,7 @@ def test_open_says_when_there_is_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_format_file_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     add_scan(Repository.create(tmp_path / "c"), "s")
-    damage(tmp_path / "c" / files.FORMAT)
+    both(damage, tmp_path / "c" / files.FORMAT)
     with pytest.raises(StoreDamaged, match=r"FORMAT\.json"):
         Repository.open(tmp_path / "c")
 
@@ -191,7 +199,7 @@ def test_a_damaged_head_opens_the_last_good_generation_and_says_so(
     repository = Repository.create(tmp_path / "c")
     good = add_scan(repository, "a")
     add_scan(repository, "b")
-    damage(repository.path / manifest_name(2))
+    both(damage, repository.path / manifest_name(2))
     with pytest.warns(StoreWarning, match="generation 2 .* reading generation 1"):
         snapshot = Repository.open(tmp_path / "c").snapshot()
     assert snapshot.manifest == good.manifest
@@ -204,9 +212,57 @@ def test_a_damaged_head_opens_the_last_good_generation_and_says_so(
 def test_nothing_is_committed_on_a_damaged_head(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, "a")
-    damage(repository.path / manifest_name(1))
+    both(damage, repository.path / manifest_name(1))
     with pytest.raises(StoreDamaged, match="nothing can be added"):
         add_scan(repository, "b")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_head_with_a_good_copy_is_read_and_committed_on(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    repository = Repository.create(tmp_path / "c")
+    head = add_scan(repository, "a")
+    damage(repository.path / manifest_name(1))
+    with pytest.warns(StoreWarning, match=f"{Path(manifest_name(1)).name} .*copy is good.*isimed repair"):
+        snapshot = repository.snapshot()
+    assert (snapshot.manifest, snapshot.behind) == (head.manifest, False)
+    with pytest.warns(StoreWarning), repository.pin() as pinned:
+        assert pinned.generation == 1
+    with pytest.warns(StoreWarning):
+        assert add_scan(repository, "b").manifest.parent == (1, head.manifest.sha256)
+    assert repository.snapshot().scan_ids() == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_format_with_a_good_copy_is_read(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = add_scan(Repository.create(tmp_path / "c"), "a").storage.root
+    damage(path / files.FORMAT)
+    with pytest.warns(StoreWarning, match=r"FORMAT\.json .*copy is good"):
+        assert Repository.open(path).snapshot().generation == 1
+
+
+def test_a_copy_is_a_file_of_its_own_and_the_winners(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path / "c")
+    add_scan(repository, "a")
+    path = repository.path / manifest_name(1)
+    with pytest.raises(FileExistsError):
+        repository.storage.publish(manifest_name(1), b"a loser's")
+    assert copy_of(path).read_bytes() == path.read_bytes()
+    assert copy_of(path).stat().st_ino != path.stat().st_ino
+
+
+def test_a_copy_that_cannot_be_written_does_not_fail_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = Repository.create(tmp_path / "c")
+
+    def full(storage: LocalStorage, relative: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalStorage, "mend", full)
+    assert add_scan(repository, "a").generation == 1
+    assert repository.snapshot().scan_ids() == ["a"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -214,14 +270,14 @@ def test_when_all_manifests_are_bad_the_store_is_damaged(tmp_path: Path, damage:
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, "a")
     for generation in (0, 1):
-        damage(repository.path / manifest_name(generation))
+        both(damage, repository.path / manifest_name(generation))
     with pytest.raises(StoreDamaged):
         repository.snapshot()
 
 
 def test_a_missing_folder_of_manifests_is_damage(tmp_path: Path) -> None:
     repository = Repository.create(tmp_path / "c")
-    (repository.path / manifest_name(0)).unlink()
+    both(Path.unlink, repository.path / manifest_name(0))
     (repository.path / files.MANIFESTS).rmdir()
     with pytest.raises(StoreDamaged):
         repository.snapshot()
@@ -233,6 +289,8 @@ def test_a_manifest_under_another_number_is_damage(tmp_path: Path) -> None:
     (repository.path / manifest_name(1)).rename(repository.path / manifest_name(7))
     with pytest.raises(StoreDamaged, match="holds generation 1"):
         repository.snapshot(7)
+    with pytest.warns(StoreWarning, match="its copy is good"):
+        assert repository.snapshot(1).scan_ids() == ["a"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -264,7 +322,7 @@ def test_history(tmp_path: Path) -> None:
     assert [line.generation for line in history] == list(range(8))
     assert [line.verb for line in history] == ["create", "add", "add", "pretrain", "index", "index", "index", "index"]
     assert [line.rows for line in history] == [0, 0, 0, 0, 3, 8, 8, 8]
-    flip(repository.path / manifest_name(3))
+    both(flip, repository.path / manifest_name(3))
     with pytest.warns(StoreWarning, match="left out of the history"):
         assert len(repository.generations()) == 7
 

@@ -47,6 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
         add_encoder(self.repository)
         self.model: Content = {"scans": {}, "patches": {}}
         self.past: dict[int, Content] = {1: self.model}
+        self.limbo: dict[int, Content] = {}  # taken away by a collector that was killed: the next one decides
         self.tagged: dict[str, int] = {}
         self.next_row = 0
         self.seed = 0
@@ -118,6 +119,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(keep=st.integers(1, 4))
     def collect(self, keep: int) -> None:
         collect(self.repository, keep)
+        self.past |= self.limbo
+        self.limbo = {}
         kept = {*sorted(self.past)[-keep:], *self.tagged.values()}
         self.past = {generation: held for generation, held in self.past.items() if generation in kept}
         assert [generation for generation in listed(self.repository.storage) if generation] == sorted(self.past)
@@ -143,7 +146,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.repository = Repository.open(self.repository.path)
         head = self.repository.head()
         if verb == "collect":
-            self.past = {generation: held for generation, held in self.past.items() if self._there(generation)}
+            held = self.past | self.limbo
+            states = {generation: self._state(generation) for generation in held}
+            self.limbo = {generation: held[generation] for generation, state in states.items() if state == "away"}
+            self.past = {generation: held[generation] for generation, state in states.items() if state == "there"}
         elif head != max(self.past):
             self._done(head, after)
         else:
@@ -159,14 +165,13 @@ class StoreMachine(RuleBasedStateMachine):
             return self.model, self.model, lambda: compact(self.repository, target_bytes=4000)
         return self.model, self.model, lambda: collect(self.repository, 3)
 
-    def _there(self, generation: int) -> bool:
+    def _state(self, generation: int) -> str:
         """A collector that was killed may have taken a generation away; the next one finishes, or brings it back."""
         try:
             self.repository.snapshot(generation)
         except NotFound:
-            away = self.repository.path / TMP / f"expired-{generation:020d}.json"
-            return away.exists()
-        return True
+            return "away" if (self.repository.path / TMP / f"expired-{generation:020d}.json").exists() else "gone"
+        return "there"
 
     # -- what must hold -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from store_builders import (
     add_segment,
     card,
     finish,
+    orphans,
     scan_rows,
     stage_scan,
     stage_segment,
@@ -398,3 +399,16 @@ def test_rows_of_subjects_and_labels_can_be_appended(tmp_path: Path) -> None:
             t.commit(lambda head: Proposal(tables={"labels": labels}))
     assert after.table("labels").to_pylist()[0]["name"] == "ventricle"
     assert after.table("subjects").to_pylist() == [{"subject": "sub-01", "sex": "f", "age": 40.0}]
+
+
+def test_a_commit_gives_no_more_row_ids_than_a_repair_leaves_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = whole_store(tmp_path / "c")
+    before = repository.snapshot().manifest
+    monkeypatch.setattr("isimed_index.store.transaction._MOST_ROWS", 4)
+    with pytest.raises(UsageError, match="at most 4 new rows in a commit, found 5"):
+        add_segment(repository, "sub-01_T1w", 5)
+    assert repository.snapshot().manifest == before
+    assert orphans(repository) == set()
+    add_segment(repository, "sub-01_T1w", 4)

@@ -66,6 +66,12 @@ class Bucket:
         with self._asking(key, "read") as store:
             return bytes(store.get(key).bytes())
 
+    def get_tagged(self, key: str) -> tuple[bytes, str | None]:
+        """An object's content and the etag of this content; `FileNotFoundError` when there is none."""
+        with self._asking(key, "read") as store:
+            found = store.get(key)
+            return bytes(found.bytes()), found.meta["e_tag"]
+
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`, fewer at the end of the object; `length` must not be 0."""
         with self._asking(key, "read") as store:

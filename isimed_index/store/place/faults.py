@@ -1,4 +1,4 @@
-"""What the operating system refuses while a store is written, as errors that say what to do next."""
+"""What the operating system refuses while a store is read or written, as errors that say what to do next."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isimed_index.errors import IsimedError, StoreFull, StoreReadOnly
+from isimed_index.errors import IsimedError, StoreFull, StoreReadOnly, StoreUnreadable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_CONTENT = (  # what is said of the file itself: it is missing, no file, or its bytes are lost
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    *(errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ),
+)
 
 
 @contextmanager
@@ -42,6 +46,23 @@ def fault_of(error: BaseException | None, root: Path) -> IsimedError | None:
             next_step="make the folder writable for you, or copy the store to a place that is",
         )
     return None
+
+
+def spare(error: BaseException, name: str) -> None:
+    """Raise `StoreUnreadable` when `error` says nothing of the content of the file `name`; else nothing happens.
+
+    Too many open files, too little memory, no permission and a stale handle are no damage: to drop or replace a file
+    for their sake would lose what is whole. Parsers raise an `OSError` without a number for what they cannot decode.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    if not isinstance(error, OSError) or isinstance(error, IsimedError):
+        return
+    if error.errno is not None and error.errno not in _CONTENT:
+        raise StoreUnreadable(
+            f"{name} could not be read ({os.strerror(error.errno)}), which says nothing about its content",
+            next_step="see to its permissions, open files (ulimit -n), memory and mount, then run the command again",
+        ) from None
 
 
 def _no_room(root: Path) -> bool:

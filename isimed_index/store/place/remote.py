@@ -28,7 +28,7 @@ from isimed_index.errors import Incompatible, StoreUnreachable
 from isimed_index.store import files
 from isimed_index.store.place import remote_claims
 from isimed_index.store.place.bucket import Bucket
-from isimed_index.store.place.remote_claims import TTL_S, RemoteClaim
+from isimed_index.store.place.remote_claims import PROBE, TTL_S, RemoteClaim, RemoteLock
 
 _AT_ONCE = 8  # requests
 _PART_BYTES = 16 << 20  # of a download
@@ -42,6 +42,8 @@ _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
 class ObjectStorage:
     """A bucket that speaks S3 and a cache of it in the folder `root`; `Storage`."""
 
+    copies = False  # the service keeps several of each object
+
     def __init__(self, url: str, root: Path, ttl_s: float = TTL_S) -> None:
         self.root = root
         self.ttl_s = ttl_s
@@ -50,6 +52,7 @@ class ObjectStorage:
         self._sent: set[str] = set()  # artefacts whose upload was begun by this process
         self._proven = False
         self._intents: weakref.WeakSet[RemoteClaim] = weakref.WeakSet()
+        self._locks: dict[str, RemoteLock] = {}
         self._guard = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ObjectStorage], tuple[str, Path, float]]:
@@ -65,7 +68,7 @@ class ObjectStorage:
         """Refuse a service that takes a conditional write for any other: commits would overwrite one another there."""
         if self._proven:
             return
-        key = f"{files.TMP}/{files.new_id()}.probe"
+        key = f"{files.TMP}/{files.new_id()}{PROBE}"
         self._bucket.create(key, b"first")
         try:
             self._bucket.create(key, b"second")
@@ -131,6 +134,10 @@ class ObjectStorage:
 
     def replace(self, relative: str, content: bytes) -> None:
         """Put a file in place in one step."""
+        self._bucket.put(relative, content)
+
+    def mend(self, relative: str, content: bytes) -> None:
+        """Put a file in place in one step, whatever is there."""
         self._bucket.put(relative, content)
 
     def remove(self, relative: str) -> None:
@@ -264,9 +271,10 @@ class ObjectStorage:
         return remote_claims.listed(self._bucket, folder, self.ttl_s)
 
     def sweep(self) -> None:
-        """Remove claims that ran out, and downloads into this cache that nobody finishes."""
+        """Remove claims that ran out, what dead processes left in `tmp/`, and downloads that nobody finishes."""
         for folder in (files.INTENTS, files.LEASES):
             remote_claims.clear(self._bucket, folder, self.ttl_s)
+        remote_claims.clear_passing(self._bucket, self.ttl_s)
         for draft in (self.root / files.TMP).glob("*.fetch"):
             with suppress(FileNotFoundError):
                 if time.time() - draft.stat().st_mtime > _OLD_S:
@@ -275,8 +283,18 @@ class ObjectStorage:
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
         """Hold a lock that only one process can hold, for as long as it renews it."""
-        with remote_claims.exclusive(self._bucket, name, self.ttl_s):
+        lock = RemoteLock.take(self._bucket, name, self.ttl_s)
+        self._locks[name] = lock
+        try:
             yield
+        finally:
+            del self._locks[name]
+            lock.release()
+
+    def held(self, name: str) -> bool:
+        """Whether this process still holds a lock, as far as it knows without asking the service."""
+        lock = self._locks.get(name)
+        return lock is not None and lock.held
 
     def _room(self, folder: str) -> Path:
         """A folder of the cache, which only this user can read."""

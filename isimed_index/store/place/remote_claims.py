@@ -4,16 +4,17 @@
 
 The promise is weaker than that of a kernel lock. A dead process is believed alive until its claim runs out; one that
 slept longer than that (a suspended machine, a network that was down) is believed dead. Such a holder finds out when it
-wakes: its claim is `lapsed` for good, and what rests on it must not be published.
+wakes: its claim is `lapsed` for good, and what rests on it must not be published. The holder of a lock asks whether it
+is still `held` before each step that another's work would not survive.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from isimed_index.errors import StoreLocked
@@ -25,6 +26,9 @@ TTL_S = 600.0  # how long a claim lives after it was written
 _BEATS = 10  # how often it is written in that time
 _MARGIN = 0.9  # a holder believes in its claim for this share of the time
 _NOTES = ".jsonl"
+_CLOCK = ".clock"
+PROBE = ".probe"
+_PASSING = (_CLOCK, PROBE)  # suffixes in tmp/
 
 
 class Heartbeat:
@@ -135,7 +139,7 @@ def _notes(bucket: Bucket, key: str) -> bytes | None:
 
 def server_time(bucket: Bucket) -> float:
     """Seconds since the epoch by the clock of the service, of an object that is written for it."""
-    key = f"{files.TMP}/{files.new_id()}.clock"
+    key = f"{files.TMP}/{files.new_id()}{_CLOCK}"
     bucket.put(key, b"")
     try:
         return bucket.head(key).modified.timestamp()
@@ -143,50 +147,95 @@ def server_time(bucket: Bucket) -> float:
         bucket.delete([key])
 
 
-@contextmanager
-def exclusive(bucket: Bucket, name: str, ttl_s: float = TTL_S) -> Iterator[None]:
-    """Hold a lock object that only one process can make; one that was not renewed for `ttl_s` is taken over.
+def clear_passing(bucket: Bucket, ttl_s: float = TTL_S) -> None:
+    """Remove the objects that a process writes for a moment, where it died before it could do so itself."""
+    found = [one for one in bucket.list(files.TMP) if one.key.endswith(_PASSING)]
+    if found:
+        now = server_time(bucket)
+        bucket.delete([one.key for one in found if now - one.modified.timestamp() > ttl_s])
 
-    `StoreLocked` when another holds it. A holder that was suspended for longer than `ttl_s` does not notice that
-    another took over.
+
+class RemoteLock:
+    """A lock object that only one process can make; one that was not renewed for `ttl_s` is taken over.
+
+    Its content begins with who holds it and changes with every beat, so that one who takes it over by `If-Match` fails
+    when the holder was only slow. An answer can be lost, and the library's own second attempt then fails: so what is
+    there is read back after a failure, and is ours if it says so.
     """
-    key = f"{files.TMP}/{name}.lock"
-    etag = _taken(bucket, key, name, ttl_s)
-    guard = threading.Lock()
 
-    def beat() -> None:
-        nonlocal etag
-        with guard:
-            if etag is not None:
-                etag = bucket.swap(key, files.new_id().encode(), etag)
+    def __init__(self, bucket: Bucket, name: str, ttl_s: float = TTL_S) -> None:
+        self._bucket = bucket
+        self._key = f"{files.TMP}/{name}.lock"
+        self._ttl_s = ttl_s
+        self._holder = files.new_id()
+        self._guard = threading.Lock()
+        self._etag: str | None = None  # of what we wrote last; None when it is not ours, or not any more
+        self._written_s = _now_s()
+        self._heartbeat: Heartbeat | None = None
 
-    heartbeat = Heartbeat(beat, ttl_s / _BEATS)
-    try:
-        yield
-    finally:
-        heartbeat.stop()
-        with guard, suppress(OSError):
-            if bucket.head(key).etag == etag:
-                bucket.delete([key])
-            etag = None
+    @classmethod
+    def take(cls, bucket: Bucket, name: str, ttl_s: float = TTL_S) -> RemoteLock:
+        """Take the lock; `StoreLocked` when another process holds it."""
+        lock = cls(bucket, name, ttl_s)
+        try:
+            lock._etag = bucket.create(lock._key, lock._content())
+        except FileExistsError:
+            lock._etag = lock._ours() or lock._taken_over()
+        if lock._etag is None:
+            raise StoreLocked(f"another process is at {name} in this store", next_step="try again later")
+        lock._heartbeat = Heartbeat(lock.renew, ttl_s / _BEATS)
+        return lock
 
+    @property
+    def held(self) -> bool:
+        """Whether nobody can have taken it over; no request is made."""
+        return self._etag is not None and _now_s() - self._written_s <= _MARGIN * self._ttl_s
 
-def _taken(bucket: Bucket, key: str, name: str, ttl_s: float) -> str | None:
-    mine = files.new_id().encode()
-    try:
-        return bucket.create(key, mine)
-    except FileExistsError:
-        with suppress(FileNotFoundError):
-            if bucket.get(key) == mine:  # made at the first attempt, whose answer was lost
-                return bucket.head(key).etag
-    held = StoreLocked(f"another process is at {name} in this store", next_step="try again later")
-    try:
-        other = bucket.head(key)
-        if server_time(bucket) - other.modified.timestamp() < ttl_s:
-            raise held
-        return bucket.swap(key, mine, other.etag)
-    except (FileNotFoundError, FileExistsError):
-        raise held from None
+    def renew(self) -> None:
+        """Write it again, unless it was lost."""
+        with self._guard:
+            if self._etag is None:
+                return
+            begun_s = _now_s()  # before the service looks at its clock
+            try:
+                self._etag = self._bucket.swap(self._key, self._content(), self._etag)
+            except (FileExistsError, FileNotFoundError):
+                self._etag = self._ours()  # when that was written is not known: the next beat sets the clock
+            else:
+                self._written_s = begun_s
+
+    def release(self) -> None:
+        """Remove it, if it is ours; where the service cannot be reached, it runs out by itself."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        with self._guard, suppress(OSError):
+            self._etag = None
+            if self._ours() is not None:
+                self._bucket.delete([self._key])
+
+    def _content(self) -> bytes:
+        return f"{self._holder} {files.new_id()}".encode()
+
+    def _ours(self) -> str | None:
+        """The etag of what is there, if we wrote it."""
+        try:
+            content, etag = self._bucket.get_tagged(self._key)
+        except FileNotFoundError:
+            return None
+        return etag if content.startswith(self._holder.encode()) else None
+
+    def _taken_over(self) -> str | None:
+        """The etag after taking it from a holder that did not renew it; None when that one is alive."""
+        try:
+            other = self._bucket.head(self._key)
+            if server_time(self._bucket) - other.modified.timestamp() < self._ttl_s:
+                return None
+            self._written_s = _now_s()
+            return self._bucket.swap(self._key, self._content(), other.etag)
+        except FileNotFoundError:
+            return None  # released since
+        except FileExistsError:
+            return self._ours()
 
 
 def _now_s() -> float:

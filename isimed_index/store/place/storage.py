@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class Storage(Protocol):
 
     root: Path  # where artefacts are staged and read on this machine: the store itself, or a cache of it
     name: str  # for messages
+    copies: bool  # whether `publish` writes each document twice, the second time as `<name>.copy`
 
     def prepare(self, folders: Sequence[str]) -> None:
         """Make the folders of a new store, where the place has folders."""
@@ -50,6 +51,9 @@ class Storage(Protocol):
 
     def replace(self, relative: str, content: bytes) -> None:
         """Put a file in place in one step; durability is not promised."""
+
+    def mend(self, relative: str, content: bytes) -> None:
+        """Put a file in place in one step, durably, whatever is there."""
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all that is in it; nothing happens when it is not there."""
@@ -93,9 +97,14 @@ class Storage(Protocol):
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Hold a lock that only one process can hold; `StoreLocked` at once when another does."""
 
+    def held(self, name: str) -> bool:
+        """Whether the lock that `exclusive` took is still this process's; cheap, to be asked before what destroys."""
+
 
 class LocalStorage:
     """A directory on a POSIX file system; `Storage`."""
+
+    copies = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -126,6 +135,9 @@ class LocalStorage:
         The hard link is the commit point: it fails when another process was first, which a rename would not. A file
         system without hard links gets the same by a rename under an exclusive lock; one without locks is refused
         (`Incompatible`).
+
+        Who was first then writes the copy, once the link is on the disk: where there is a copy, there was the file. A
+        copy that cannot be written is no failure, because the file is there.
         """
         target = self._in_folder(relative)
         with self._draft() as draft:
@@ -137,6 +149,8 @@ class LocalStorage:
                     raise
                 self._publish_locked(draft, target)
         files.sync_file(target.parent)
+        with suppress(OSError):
+            self.mend(relative + files.COPY, content)
 
     def _publish_locked(self, draft: Path, target: Path) -> None:
         lock = locks.take(self.root / files.TMP / "publish.lock")
@@ -168,6 +182,14 @@ class LocalStorage:
         with self._draft() as draft:
             draft.write_bytes(content)
             draft.replace(self.root / relative)
+
+    def mend(self, relative: str, content: bytes) -> None:
+        """Put a file in place in one step, durably, whatever is there."""
+        target = self._in_folder(relative)
+        with self._draft() as draft:
+            files.write_durably(draft, content)
+            draft.replace(target)
+        files.sync_file(target.parent)
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all that is in it."""
@@ -248,6 +270,10 @@ class LocalStorage:
             yield
         finally:
             lock.release()
+
+    def held(self, name: str) -> bool:
+        """A kernel lock is not lost."""
+        return True
 
 
 def storage_of(place: str | Path) -> Storage:

@@ -23,13 +23,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from isimed_index.contracts import ViewName, arrow_schema, view_schema
-from isimed_index.errors import SqlRefused, StoreDamaged, StoreUnreachable, StoreWarning, UsageError
+from isimed_index.errors import SqlRefused, StoreDamaged, StoreUnreadable, StoreWarning, UsageError
 from isimed_index.store.manifest import Artefact, history
 from isimed_index.store.segment import Segment
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.sql import sandbox
 
-_STORED: tuple[StoredTable, ...] = ("scans", "subjects", "labels")
 QUERY_BYTES = 1 << 30  # what a query may use beyond the tables it reads, and what its result may hold
 _QUERY_CHARACTERS = 1_000_000
 _MESSAGE = 300  # characters of what DuckDB says that a person reads
@@ -43,11 +42,16 @@ _INDIRECT = re.compile(
 _FILES = re.compile(r"file system operations are disabled|external access|disabled by configuration", re.IGNORECASE)
 _MISSING = re.compile(r"Values were not provided for the following [a-z ]*parameters: (\w+)")
 _REST = re.compile(r"\s*(\bLINE \d+:|Candidate functions:|Use \"SET )")  # pictures, lists, forbidden advice
+_TELLING = ("ConversionException", "InvalidInputException", "OutOfRangeException")  # quote values of the data
+_VALUE = re.compile(r"'[^']*'")
 _PLACE = re.compile(r"(?<![\w.)])/(?:[^\s'\"/]+/)+([^\s'\"/]*)")  # an absolute path, by its base name
 
 
 def run(snapshot: Snapshot, query: str, params: Mapping[str, Any] | None, timeout_s: float) -> pa.Table:
     """The result of one read-only statement; `SqlRefused` when it is not one, fails, or passes a limit."""
+    unused = [name for name in params or {} if not re.search(rf"\${re.escape(name)}\b", query)]
+    if unused:
+        raise SqlRefused(f"the query has no ${unused[0]}", next_step=f"leave out -p {unused[0]}")
     values = pa.table({name: _parameter(name, value) for name, value in (params or {}).items()})
     return _answer(snapshot, query, sandbox.Request(query, values, None, timeout_s, QUERY_BYTES))
 
@@ -104,7 +108,8 @@ def _refused(refusal: sandbox.Refusal, request: sandbox.Request) -> SqlRefused:
         return SqlRefused(
             f"the query asks for ${missing[1]}, which has no value", next_step=f"add -p {missing[1]} VALUE"
         )
-    message = " ".join(_REST.split(refusal.message, maxsplit=1)[0].split())
+    said = _VALUE.sub("'…'", refusal.message) if refusal.kind in _TELLING else refusal.message
+    message = " ".join(_REST.split(said, maxsplit=1)[0].split())
     if len(message) > _MESSAGE:
         message = f"{message[:_MESSAGE]}…"
     return SqlRefused(_PLACE.sub(r"\1", message), next_step=_next_step(message, request.view or request.sql))
@@ -128,7 +133,7 @@ def _tables(snapshot: Snapshot, query: str) -> dict[str, pa.Table]:
 
 
 def _empty(name: Any) -> pa.Table:
-    return (arrow_schema(name) if name in _STORED else view_schema(name)).empty_table()
+    return (arrow_schema(name) if name in STORED_TABLES else view_schema(name)).empty_table()
 
 
 def _patches(snapshot: Snapshot) -> pa.Table:
@@ -247,7 +252,7 @@ def _indexes(snapshot: Snapshot) -> pa.Table:
 def _index(snapshot: Snapshot, artefact: Artefact) -> dict[str, Any]:
     try:
         described = json.loads((snapshot.verified(artefact) / "index.json").read_text(encoding="utf-8"))
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
     except (OSError, ValueError):  # an index is derived: a damaged one is listed, with what the manifest knows of it
         described = {}
@@ -283,7 +288,7 @@ def _ulid(artefact: Artefact) -> str:
 
 
 _VIEWS: Mapping[str, Callable[[Snapshot], pa.Table]] = {
-    **{name: partial(Snapshot.table, name=name) for name in _STORED},
+    **{name: partial(Snapshot.table, name=name) for name in STORED_TABLES},
     "patches": _patches,
     "encoders": _encoders,
     "segments": _segments,

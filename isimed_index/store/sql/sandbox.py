@@ -37,6 +37,7 @@ _LENGTH = struct.Struct(">Q")
 _FRAME = struct.Struct(">cQ")  # kind and length of what follows
 _ROWS, _END, _REFUSED = b"R", b"E", b"X"
 _START = "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.store.sql.sandbox import serve; serve()"
+_LONGEST_S = 1e6  # a timer takes no more
 _MESSAGE = 2000  # characters kept of what DuckDB says
 _NO_MEMORY = re.compile(r"out of memory|bad_alloc|malloc of size|failed to allocate", re.IGNORECASE)
 _ALLOWED = ("SELECT", "EXPLAIN")  # DESCRIBE, SHOW, SUMMARIZE, VALUES and FROM count as SELECT
@@ -223,7 +224,7 @@ def _answer(request: Request, tables: Mapping[str, Callable[[], Any]]) -> Iterat
                 values = request.params.to_pylist()[0] if request.params.num_columns else None
                 relation = connection.sql(_one_statement(connection, request.sql), params=values)
             else:
-                relation = connection.table(request.view).filter(request.sql)
+                relation = _filtered(connection.table(request.view), request.sql)
             reader = relation.to_arrow_reader(_BATCH_ROWS)
             yield _stream(reader.schema)
             for batch in reader:
@@ -235,16 +236,24 @@ def _limits(timeout_s: float, memory_bytes: int) -> Iterator[None]:
     """Within it no file can be opened and so much memory taken; past the time-out the kernel ends the process."""
     soft = {resource.RLIMIT_DATA: _held("VmData") + memory_bytes, resource.RLIMIT_NOFILE: 0}
     before = {limit: resource.getrlimit(limit) for limit in soft}
-    for limit, value in soft.items():
-        hard = before[limit][1]
-        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
+        for limit, value in soft.items():
+            hard = before[limit][1]
+            resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+        signal.setitimer(signal.ITIMER_REAL, min(timeout_s, _LONGEST_S))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for limit, both in before.items():
             resource.setrlimit(limit, both)
+
+
+def _filtered(relation: Any, condition: str) -> Any:
+    """The rows that a condition keeps; a number or text, which DuckDB would take for true, is no condition."""
+    kind = str(relation.project(f"({condition}\n) AS kept").types[0])
+    if kind not in ("BOOLEAN", "NULL", '"NULL"'):
+        raise _NotReadingError(f"expected a condition that is true or false, found one of type {kind}")
+    return relation.filter(condition)
 
 
 def _one_statement(connection: Any, query: str) -> Any:

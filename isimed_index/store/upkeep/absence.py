@@ -3,16 +3,19 @@
     bytes of any file · strings of JSON · text columns, statistics and metadata of Parquet · file names
 
 A word counts where no letter or digit stands beside it. Short words occur in any bytes by chance: these, and words
-that also stand in ids of others, are looked for as whole values of the columns `scan` and `subject` alone.
+that also stand in ids of others, are looked for as whole values of the columns `scan` and `subject` alone. Of a purge
+that goes on after a failure some words are known by their hashes: these are compared with those of whole texts, and of
+what stands between white space and punctuation in them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,35 @@ from isimed_index.store.place.storage import Storage
 
 _LONG = 6  # characters: shorter words are found in compressed bytes by chance
 _COLUMNS = ("scan", "subject")
+_TOKEN = re.compile(r"\w(?:[\w.+-]*\w)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Words that are known by their salted hashes alone; see `Words`."""
+
+    salt: str = ""
+    anywhere: frozenset[str] = frozenset()
+    cells: frozenset[str] = frozenset()
+
+    def hash(self, word: str) -> str:
+        """What stands for a word."""
+        return hashlib.sha256(f"{self.salt}\0{word}".encode()).hexdigest()
+
+    def but(self, others: Collection[str]) -> Sealed:
+        """The same without words that others have."""
+        theirs = set(map(self.hash, others)) if self.anywhere or self.cells else set()
+        return replace(self, anywhere=self.anywhere - theirs, cells=self.cells - theirs)
+
+    def in_text(self, text: str) -> bool:
+        """Whether a text, or a part of it, is one of those that may stand anywhere."""
+        return bool(self.anywhere) and any(
+            self.hash(word) in self.anywhere for word in {text, *_TOKEN.findall(text)} if len(word) >= _LONG
+        )
+
+    def in_cells(self, values: Collection[str]) -> bool:
+        """Whether one of the values of a column of ids is one of them."""
+        return bool(self.cells) and any(self.hash(value) in self.cells for value in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +62,7 @@ class Words:
 
     anywhere: tuple[str, ...]
     cells: frozenset[str]
+    sealed: Sealed = field(default_factory=Sealed)
 
     @classmethod
     def of(cls, words: Collection[str], others: Collection[str]) -> Words:
@@ -40,7 +73,12 @@ class Words:
 
     def in_text(self, text: str) -> bool:
         """Whether one of them is a word of a text."""
-        return re.search("|".join(map(_pattern, self.anywhere)) or "(?!)", text) is not None
+        found = re.search("|".join(map(_pattern, self.anywhere)) or "(?!)", text) is not None
+        return found or self.sealed.in_text(text)
+
+    def in_ids(self, values: Collection[str]) -> bool:
+        """Whether one of them is a value of a column of ids."""
+        return not self.cells.isdisjoint(values) or self.sealed.in_cells(values)
 
     def in_bytes(self, content: bytes) -> bool:
         """Whether one of them is a word in bytes."""
@@ -83,6 +121,8 @@ def _decoded(path: Path, content: bytes, words: Words) -> bool:
     if path.suffix in (".json", ".jsonl"):
         lines = content.splitlines() if path.suffix == ".jsonl" else [content]
         return any(words.in_text(text) for line in lines for text in _strings(_json(line)))
+    with suppress(UnicodeDecodeError):
+        return words.sealed.in_text(content.decode()) if words.sealed.anywhere else False
     return False
 
 
@@ -125,9 +165,9 @@ def _in_parquet(path: Path, words: Words) -> bool:
 
 
 def _schema(schema: Any) -> Iterator[Any]:
-    for field in schema:
-        yield field.name
-        yield dict(field.metadata or {})
+    for column in schema:
+        yield column.name
+        yield dict(column.metadata or {})
 
 
 def _statistics(metadata: Any) -> Iterator[Any]:
@@ -141,7 +181,7 @@ def _statistics(metadata: Any) -> Iterator[Any]:
 
 def _in_column(column: Any, name: str, words: Words) -> bool:
     values = _values(column)
-    return any(map(words.in_text, values)) or (name in _COLUMNS and not words.cells.isdisjoint(values))
+    return any(map(words.in_text, values)) or (name in _COLUMNS and words.in_ids(values))
 
 
 def _values(column: Any) -> set[str]:

@@ -1,7 +1,7 @@
 """The audit: is everything there that the manifests name, as it was committed, and does it fit together?
 
-    FORMAT.json · HEAD.json · folders ─▶ manifests ─▶ sizes of all artefacts, hashes of a share ─▶ what the newest
-    generation holds (`soundness`) ─▶ tags ─▶ leftovers
+    FORMAT.json · copies · HEAD.json · folders ─▶ manifests ─▶ sizes of all artefacts, hashes of a share
+    ─▶ what the newest generation holds (`soundness`) ─▶ tags ─▶ leftovers
 
 Nothing is changed, and nothing that is found raises: what cannot be read is a finding.
 """
@@ -12,19 +12,32 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 from isimed_index.contracts import check_version
-from isimed_index.errors import NotFound, StoreDamaged, StoreUnreachable, StoreWarning, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.progress import Progress, Silent
 from isimed_index.store import files
 from isimed_index.store.integrity import check_hash, check_size
-from isimed_index.store.manifest import Artefact, Manifest, listed, load, manifest_name, unseal
+from isimed_index.store.manifest import (
+    Artefact,
+    Manifest,
+    generation_of,
+    is_there,
+    listed,
+    load,
+    manifest_name,
+    read_document,
+    read_published,
+    unseal,
+)
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.tags import find_tag, tag_names
 from isimed_index.store.upkeep.collect import entries_of, leased, size_of, staged_by_living
-from isimed_index.store.upkeep.findings import Finding, Severity
+from isimed_index.store.upkeep.copies import documents
+from isimed_index.store.upkeep.findings import FROM_COPY, Finding, Severity
 from isimed_index.store.upkeep.soundness import Soundness, read_piece
 
 __all__ = ["Finding", "audit"]
@@ -50,7 +63,7 @@ def _audit(repository: Repository, read: float, seed: int, progress: Progress) -
     storage = repository.storage
     entries = entries_of(storage)  # before intents and manifests are read: see `collect`
     staged = staged_by_living(storage)
-    found = [*_format(storage), *_folders(storage)]
+    found = [*_format(storage), *_copies(storage), *_folders(storage)]
     try:
         head = repository.pin()
     except (StoreDamaged, NotFound) as error:
@@ -104,16 +117,31 @@ class History:
 
 def _format(storage: Storage) -> Iterator[Finding]:
     try:
-        form = unseal(storage.read(files.FORMAT), files.FORMAT)
+        check_version(read_published(storage, files.FORMAT, partial(unseal, name=files.FORMAT)))
     except FileNotFoundError:
         yield Finding.of("format_damaged", files.FORMAT, f"{files.FORMAT} is missing")
-    except StoreUnreachable:
-        raise
-    except (OSError, ValueError) as error:  # StoreDamaged is an OSError
-        message = error.message if isinstance(error, StoreDamaged) else f"{files.FORMAT} cannot be read"
-        yield Finding.of("format_damaged", files.FORMAT, message)
-    else:
-        check_version(form)
+    except StoreDamaged as error:
+        yield Finding.of("format_damaged", files.FORMAT, error.message)
+
+
+def _copies(storage: Storage) -> Iterator[Finding]:
+    """Documents of which one file is good and the other is not."""
+    lacking = 0
+    for document in documents(storage):
+        if document.lost:
+            continue  # told elsewhere
+        if document.damage is not None:
+            folder, _, name = document.path.rpartition("/")
+            kind = {"": "format_damaged", files.TAGS: "tag_damaged"}.get(folder, "manifest_damaged")
+            number = generation_of(name)
+            generations = [] if number is None else [number]
+            message = f"{document.damage}; its copy is good"
+            yield Finding.of(kind, document.path, message, generations=generations, repair=FROM_COPY)
+        elif document.copy_damage is not None:
+            yield Finding.of("copy_damaged", document.path + files.COPY, document.copy_damage, severity="warning")
+        lacking += document.copy_missing
+    if lacking:
+        yield Finding.of("copy_missing", "", f"{lacking} documents have no copy", severity="warning")
 
 
 def _folders(storage: Storage) -> Iterator[Finding]:
@@ -121,19 +149,18 @@ def _folders(storage: Storage) -> Iterator[Finding]:
         if not storage.exists(folder):
             yield Finding.of("folder_missing", folder, f"the folder {folder} is missing", severity="warning")
     try:
-        unseal(storage.read(files.HEAD), files.HEAD)
-    except FileNotFoundError:
-        if storage.exists(files.MANIFESTS) and max(listed(storage), default=0) > 0:
+        read_document(storage, files.HEAD, partial(unseal, name=files.HEAD))
+    except StoreDamaged:  # it is a hint, and never flushed: a power cut may leave it torn or empty
+        if storage.exists(files.HEAD):
+            message = f"{files.HEAD} is not as it was written"
+            yield Finding.of("head_damaged", files.HEAD, message, severity="warning")
+        elif storage.exists(files.MANIFESTS) and max(listed(storage), default=0) > 0:
             yield Finding.of("head_missing", files.HEAD, f"{files.HEAD} is missing", severity="warning")
-    except StoreUnreachable:
-        raise
-    except (OSError, ValueError):
-        yield Finding.of("head_damaged", files.HEAD, f"{files.HEAD} is not as it was written")
 
 
 def _manifests(storage: Storage, head: Snapshot, past: History) -> Iterator[Finding]:
     for number, message in past.damaged.items():
-        if storage.exists(manifest_name(number)):
+        if is_there(storage, number):
             yield Finding.of("manifest_damaged", manifest_name(number), message, generations=[number])
     there = {*past.manifests, *past.damaged}
     if head.behind and head.newest_generation not in there:
@@ -171,7 +198,7 @@ def _artefacts(
         if what is None:
             continue
         naming = past.naming(path)
-        if path not in ours and not any(storage.exists(manifest_name(number)) for number in naming):
+        if path not in ours and not any(is_there(storage, number) for number in naming):
             continue  # collected meanwhile
         severity: Severity = "damage" if path in ours else "warning"
         found.append(Finding.of(what[0], path, what[1], (), severity, naming))

@@ -6,8 +6,8 @@
 The order is what makes it safe. Names in the store are listed *before* intents and manifests are read: what is listed
 is a committed artefact (a manifest names it), a staged one (a living intent names it), or nobody's. Generations are
 listed before it is read which of them writers build on: these stay, and so do their successors, lest a writer publish
-into a gap. Manifests that expire are first moved to `tmp/`, then leases and tags are read again, and a manifest that
-somebody has pinned goes back.
+into a gap. Manifests that expire are first moved to `tmp/`, each after its copy, which would stand in for it; then
+leases and tags are read again, and a manifest that somebody has pinned goes back.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from isimed_index.errors import StoreDamaged, StoreUnreachable, UsageError
+from isimed_index.errors import StoreDamaged, StoreLocked, StoreUnreadable, UsageError
 from isimed_index.store import files
-from isimed_index.store.manifest import generation_of, listed, load, manifest_name
+from isimed_index.store.manifest import generation_of, listed, load
 from isimed_index.store.place.faults import told
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.repository import Repository
 from isimed_index.store.tags import find_tag, tag_names
 
 KEEP = 10  # generations
-_AWAY = "expired-"
+_EXPIRED = "expired-"
+_AWAY = f"{files.TMP}/{_EXPIRED}"
+_LOCK = "collect"
 _NAME = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}(\.zarr|\.parquet)?")  # what we name: other files are not ours
 
 
@@ -52,7 +54,7 @@ def collect(
     if keep < 1:
         raise UsageError(f"expected to keep at least 1 generation, found {keep}", next_step="isimed gc --keep 1")
     storage = repository.storage
-    with told(storage.root), storage.exclusive("collect"):
+    with told(storage.root), storage.exclusive(_LOCK):
         bring_back(storage)
         entries = entries_of(storage)
         staged = staged_by_living(storage)
@@ -136,34 +138,47 @@ def _built_on(storage: Storage) -> set[int]:
 
 def _expire(storage: Storage, generations: Sequence[int], untag: Set[int]) -> list[int]:
     """Take manifests away, but bring those back that were pinned or tagged meanwhile, and return these."""
-    for generation in generations:
-        storage.move(manifest_name(generation), _away(generation))
-    late = sorted((leased(storage) | _tagged(storage) - untag) & set(generations))
-    for generation in generations:
-        if generation in late:
-            storage.move(_away(generation), manifest_name(generation))
-        else:
-            storage.remove(_away(generation))
-    storage.settle([_away(generation) for generation in generations])  # before what they name goes
+    going = set(generations)
+    names = [name for name in storage.names(files.MANIFESTS) if generation_of(name) in going]
+    for name in sorted(names, reverse=True):  # a copy before what it is a copy of
+        _check_held(storage)
+        storage.move(f"{files.MANIFESTS}/{name}", _AWAY + name)
+    late = sorted((leased(storage) | _tagged(storage) - untag) & going)
+    for name in sorted(names):
+        if generation_of(name) in late:
+            storage.move(_AWAY + name, f"{files.MANIFESTS}/{name}")
+    gone = [_AWAY + name for name in names if generation_of(name) not in late]
+    for copies in (True, False):  # no crash leaves a copy alone
+        for away in gone:
+            if away.endswith(files.COPY) == copies:
+                _check_held(storage)
+                storage.remove(away)
+        storage.settle(gone)  # before what they name goes
     return late
+
+
+def _check_held(storage: Storage) -> None:
+    """Stop where another collector may be at work: what it brings back names what this one is about to remove."""
+    if not storage.held(_LOCK):
+        raise StoreLocked(
+            f"the lock on {storage.name} could not be renewed in time, so another process may collect there; nothing "
+            "more was removed",
+            next_step="run the command again",
+        )
 
 
 def bring_back(storage: Storage) -> None:
     """Undo what a collector that died had taken away: a reader may have pinned it."""
-    for name in storage.names(files.TMP):
-        generation = generation_of(name.removeprefix(_AWAY)) if name.startswith(_AWAY) else None
-        if generation is not None:
-            storage.move(_away(generation), manifest_name(generation))
-
-
-def _away(generation: int) -> str:
-    return f"{files.TMP}/{_AWAY}{manifest_name(generation).split('/')[1]}"
+    for away in storage.names(files.TMP):
+        name = away.removeprefix(_EXPIRED)
+        if name != away and generation_of(name) is not None:
+            storage.move(_AWAY + name, f"{files.MANIFESTS}/{name}")
 
 
 def size_of(storage: Storage, entry: str) -> int:
     try:
         return storage.size(entry)[0]
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
     except OSError:
         return 0
@@ -171,6 +186,7 @@ def size_of(storage: Storage, entry: str) -> int:
 
 def _remove(storage: Storage, dead: list[str]) -> None:
     for entry in dead:
+        _check_held(storage)
         storage.remove(entry)
     storage.settle(dead)
     storage.sweep()

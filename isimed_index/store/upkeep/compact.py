@@ -19,7 +19,7 @@ import numpy as np
 from isimed_index.progress import Progress, Silent
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import LATTICE, PATCHES, ROW_IDS, Segment, parts_of
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.transaction import Proposal, Transaction
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ TARGET_BYTES = 256 << 20  # that a packed segment reaches
 MAX_SEGMENTS = 64  # in all; larger stores get larger segments
 _SMALL = 0.5  # a segment below this share of the target is packed with others,
 _SPARSE = 0.8  # and so is one of whose rows less than this share lives
-_TABLES: tuple[StoredTable, ...] = ("scans", "subjects", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +196,7 @@ def _proposal(head: Snapshot, packed: Sequence[Artefact], was: Snapshot) -> Prop
             add.append(replace(artefact, fields={**artefact.fields, "parts": left}))
             replaced += [there[part["first_row_id"]] for part in left]
     pieces = [artefact.fields["table"] for artefact in head.artefacts("table")]
-    rewrite: dict[StoredTable, pa.Table] = {name: head.table(name) for name in _TABLES if pieces.count(name) > 1}
+    rewrite: dict[StoredTable, pa.Table] = {name: head.table(name) for name in STORED_TABLES if pieces.count(name) > 1}
     return Proposal(add=add, drop_segments=replaced, rewrite=rewrite, buried=buried)
 
 

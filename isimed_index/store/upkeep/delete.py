@@ -7,7 +7,7 @@ erasing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from isimed_index.contracts import conform
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
+from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot, StoredTable
 from isimed_index.store.transaction import Proposal, Transaction
 
@@ -88,18 +89,18 @@ def delete_patches(repository: Repository, where: str, *, dry_run: bool = False)
         found = Deleted(head.generation, patches=len(rows))
         if transaction is None or not len(rows):
             return Proposal(), found
-        return Proposal(add=[_tombstone(transaction, head, rows)]), found
+        return Proposal(add=[tombstone(transaction, head.segments(), rows)]), found
 
     return _commit(repository, "delete", propose, dry_run)
 
 
-def _tombstone(transaction: Transaction, head: Snapshot, rows: NDArray[np.int64]) -> Artefact:
-    """Stage the list of dead row ids, with how many of them each segment has."""
+def tombstone(transaction: Transaction, segments: Sequence[Segment], rows: NDArray[np.int64]) -> Artefact:
+    """Stage the list of dead row ids (rising), with how many of them each segment has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     dead = {}
-    for segment in head.segments():
+    for segment in segments:
         first, last = np.searchsorted(rows, [segment.first_row_id, segment.end_row_id])
         if last > first:
             dead[segment.key] = int(last - first)

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 Severity = Literal["damage", "warning", "info"]
 
+FROM_COPY = "writes it again from its copy"
 _RESTORE = "nothing: " + files.RESTORE
 _REPAIRS = {  # by kind; artefacts that are not as committed: by kind of artefact, below
     "format_damaged": "writes it again, when a manifest is good",
-    "manifest_damaged": "moves it to quarantine/; a new generation follows the last good one",
+    "manifest_damaged": "moves it to quarantine/, when its copy is bad too; a new generation follows the last good one",
+    "copy_damaged": "writes it again",
+    "copy_missing": "writes them",
     "manifest_missing": "adds a generation that follows the last good one",
     "history_gap": "nothing: the generations after it are whole without it",
     "manifest_replaced": "nothing: the generations after it stay whole",
@@ -76,9 +79,10 @@ class Finding:
         scans: Sequence[str] = (),
         severity: Severity = "damage",
         generations: Sequence[int] = (),
+        repair: str = "",
     ) -> Finding:
-        """A finding that says itself what a repair does about it."""
-        repair = _REPAIRS.get(kind) or _REPAIRS_ARTEFACT[_ARTEFACT_KINDS[artefact.split("/")[0]]]
+        """A finding that says what a repair does about it: by its kind, unless it is given."""
+        repair = repair or _REPAIRS.get(kind) or _REPAIRS_ARTEFACT[_ARTEFACT_KINDS[artefact.split("/")[0]]]
         return cls(kind, artefact, tuple(scans), message, repair, severity, tuple(generations))
 
     def to_json(self) -> dict[str, Any]:

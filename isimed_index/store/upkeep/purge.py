@@ -1,43 +1,50 @@
 """Purging: erase everything of one subject from all generations, prove that it is gone, and say what remains elsewhere.
 
-    commit without the subject ─▶ expire every generation that names what holds something of it ─▶ collect
-    ─▶ search what is left for its ids ─▶ report
+    record ─▶ commit without the subject ─▶ expire every generation that names what holds something of it ─▶ collect
+    ─▶ search what is left for its ids ─▶ remove the record ─▶ report
 
-Packed segments that hold rows of the subject are written anew without them; frames and indexes that were made with them
-are dropped, and `isimed index` makes them again. A purge that stops at a reader or writer is finished by running it
-again: until the old generations have gone, they tell what belongs to the subject.
+Packed segments that hold rows of the subject, or rows of nobody, are written anew without them; frames and indexes that
+were made with them, or may have been, are dropped, and `isimed index` makes them again. A purge that fails or is cut
+short at any point is finished by running it again: until the proof is done, a record in `tmp/` (see `unfinished`) tells
+what has to be gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from isimed_index.errors import NotFound, StoreDamaged, StoreLocked
+from isimed_index.errors import NotFound, StoreLocked
 from isimed_index.progress import Progress, Silent
 from isimed_index.store import files
 from isimed_index.store.manifest import listed, utc_now
-from isimed_index.store.place.storage import Storage
+from isimed_index.store.place.storage import LocalStorage, Storage
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot, StoredTable
 from isimed_index.store.tags import find_tag, remove_tag, tag_names
 from isimed_index.store.transaction import Proposal, Transaction
-from isimed_index.store.upkeep.absence import Searched, Words, search
-from isimed_index.store.upkeep.audit import History
+from isimed_index.store.upkeep.absence import Words, search
 from isimed_index.store.upkeep.collect import bring_back, collect, notes_of
 from isimed_index.store.upkeep.compact import pack
 from isimed_index.store.upkeep.delete import without_scans
+from isimed_index.store.upkeep.proof import forget_copies, history_of, prove, words_of
 from isimed_index.store.upkeep.soundness import TABLES
-from isimed_index.store.upkeep.traces import Spans, Traces
+from isimed_index.store.upkeep.traces import Traces
+from isimed_index.store.upkeep.unfinished import Unfinished
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from isimed_index.store.manifest import Artefact, Manifest
 
+_BESIDE: tuple[StoredTable, ...] = ("subjects", "labels")
 _CHECKPOINTS = "pretrain-"  # folders in tmp/
+_BUCKET = (
+    "caches of this bucket on other machines: delete them there",
+    "old versions of objects where the bucket keeps versions, and parts of uploads that were cut off: expire both",
+)
 _ELSEWHERE = (
     "backups and copies of the store, and files that were exported from it",
     "blocks of the disk and snapshots of the file system that the removed files lay in, until these are overwritten",
@@ -46,7 +53,10 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """What was erased, how its absence was proved, and what remains; but for tags it names no subject and no scan."""
+    """What was erased, how its absence was proved, and what remains; but for tags it names no subject and no scan.
+
+    It tells of all attempts, when earlier ones failed or were stopped; of tags and leftovers, it tells of the last.
+    """
 
     generation: int  # the newest now
     time: str  # UTC, ISO 8601, when the proof was done
@@ -68,68 +78,108 @@ class Erasure:
         return {**asdict(self), "tags": len(self.tags)}
 
 
-def purge(repository: Repository, subject: str, progress: Progress | None = None) -> Erasure:
+def purge(repository: Repository, subject: str, progress: Progress | None = None, *, unknown: bool = False) -> Erasure:
     """Erase a subject: its scans, rows, embeddings and whatever was derived from them, in every generation.
 
-    `NotFound` when no generation knows the subject. `StoreLocked` while a reader has pinned an old generation, or a
-    writer is at work that began before: the newest generation is without the subject then, and running it again ends
-    it. `StoreDamaged` when the store cannot be read, or when something of the subject is found in the end.
+    What no scan of others accounts for goes too: a collector may have taken the rows that told whose it was. `NotFound`
+    when no generation knows the subject and no file holds its id: it is mistyped, or was deleted and collected under
+    ids that do not name it; `unknown` then erases what is left of all deleted scans. `StoreLocked` while a reader has
+    pinned an old generation, or a writer is at work that began before: the newest generation is without the subject
+    then, and running it again ends it. `StoreDamaged` when the store cannot be read, or when something of the subject
+    is found in the end; running it again searches again.
     """
     storage = repository.storage
     with storage.exclusive("collect"):
         bring_back(storage)  # what a purge that was cut short had taken away still tells what is to go
     head = repository.snapshot()
-    for name in TABLES:
-        head.table(name)  # raises where one is damaged: what belongs to the subject would not be known
-    traces = Traces.read(storage, subject)
-    if not traces.known:
-        raise NotFound(
-            f"no generation of the store knows a subject {subject!r}", next_step="isimed sql 'SELECT * FROM subjects'"
-        )
-    before = History.read(storage).manifests
-    now, rewritten = _commit(repository, traces, before.values(), progress or Silent())
-    traces = traces.beside(now)
-    history = History.read(storage)
+    for table in TABLES:
+        head.table(table)  # raises where one is damaged: what belongs to the subject would not be known
+    before = history_of(storage).manifests
+    traces = Traces.read(storage, subject).beside(head)
+    record = _record(storage, traces, before, Unfinished.find(storage, subject), head)
+    if not (record.begun or traces.known or (unknown and record.artefacts)):
+        _not_known(storage, head, subject, len(record.artefacts))
+    record = record.knowing(traces.scans, words_of(traces, head))
+    record.publish(storage, subject)
+    now, rewritten = _commit(repository, traces, before, record.artefacts, progress or Silent())
+    history = history_of(storage)
     manifests = {**before, **history.manifests}
-    spans = traces.spans(manifests.values())
-    held = traces.held_by(storage, manifests.values(), spans)
+    traces = traces.joined(Traces.read(storage, subject)).beside(now)
+    record = _record(storage, traces, manifests, record, now)
+    held = record.artefacts
     expire = {number for number, made in history.manifests.items() if number < now.generation and _names(made, held)}
     expire |= {number for number in history.damaged if number < now.generation}
+    tags = [name for name in tag_names(storage) if find_tag(storage, name).generation in expire]
+    record = replace(
+        record.knowing(traces.scans, words_of(traces, now)),
+        generations=record.generations | expire,
+        index_again=record.index_again | _without_derived(manifests, held, now),
+        rewritten=record.rewritten + rewritten,
+    )
+    record.publish(storage, subject)
     _nobody_needs(storage, expire)
-    tags = _untag(storage, expire)
+    for name in tags:
+        remove_tag(storage, name)
     leftovers = _clear(storage)
     collect(repository, keep=max(1, len(listed(storage))), expire=expire)
     left = sorted(expire & set(listed(storage)))
     if left:
         raise _locked(f"{len(left)} generations are in use")
-    searched = _prove(storage, traces, held, repository.snapshot())
+    forget_copies(storage)
+    searched = prove(storage, traces, record, repository.snapshot())
+    Unfinished.forget(storage, subject)
     return Erasure(
         generation=now.generation,
         time=utc_now(),
-        scans=len(traces.scans),
-        patches=sum(end - first for first, end in spans),
+        scans=len(record.scans),
+        patches=sum(end - first for first, end in record.spans),
         artefacts=tuple(sorted(held)),
-        rewritten=rewritten,
-        generations=tuple(sorted(expire)),
+        rewritten=record.rewritten,
+        generations=tuple(sorted(record.generations)),
         tags=tuple(tags),
         leftovers=tuple(leftovers),
-        index_again=tuple(_without_index(manifests, held, now)),
+        index_again=tuple(sorted(record.index_again)),
         files_searched=searched.files,
         bytes_searched=searched.bytes,
         hits=len(searched.hits),
-        remains=tuple(_remains(now)),
+        remains=tuple(_remains(storage, now)),
     )
 
 
+def _record(
+    storage: Storage, traces: Traces, manifests: Mapping[int, Manifest], record: Unfinished, head: Snapshot
+) -> Unfinished:
+    """A record with all that is known to hold something of the subject, and the row ids that it had."""
+    there = {made.path for made in head.manifest.artefacts}
+    gone = {path for path in record.artefacts if path not in there}
+    held = traces.held_by(storage, manifests) | gone
+    return replace(record, artefacts=frozenset(held), spans=record.spans | frozenset(traces.spans(manifests.values())))
+
+
+def _not_known(storage: Storage, head: Snapshot, subject: str, unaccounted: int) -> None:
+    """Raise `NotFound` unless a file of the store holds the id of a subject that no row knows."""
+    others = {value for name in ("scan", "subject") for value in head.table("scans").column(name).to_pylist()}
+    if not search(storage, Words.of({subject}, others)).hits:
+        nobody = f"; {unaccounted} artefacts hold something of deleted scans, or may" if unaccounted else ""
+        raise NotFound(
+            f"no generation of the store knows a subject {subject!r}, and no file holds its id{nobody}",
+            next_step="check the id; isimed purge --unknown erases what is left of all deleted scans"
+            if unaccounted
+            else "isimed sql 'SELECT * FROM subjects'",
+        )
+
+
 def _commit(
-    repository: Repository, traces: Traces, past: Collection[Manifest], progress: Progress
+    repository: Repository, traces: Traces, past: Mapping[int, Manifest], held: Set[str], progress: Progress
 ) -> tuple[Snapshot, int]:
     """The newest generation without the subject, and how many packed segments were written anew."""
     counts = [0]
 
     def propose(head: Snapshot) -> Proposal:
-        spans = traces.spans([*past, head.manifest])
-        proposal = _without_subject(transaction, head, traces.beside(head), spans, progress)
+        beside, found = traces.beside(head), held
+        if head.generation not in past:  # another process committed meanwhile
+            found = held | beside.held_by(head.storage, {**past, head.generation: head.manifest})
+        proposal = _without_subject(transaction, head, beside, found, progress)
         counts.append(len(proposal.add))
         return proposal
 
@@ -138,46 +188,49 @@ def _commit(
 
 
 def _without_subject(
-    transaction: Transaction, head: Snapshot, traces: Traces, spans: Spans, progress: Progress
+    transaction: Transaction, head: Snapshot, traces: Traces, held: Set[str], progress: Progress
 ) -> Proposal:
     """The change that takes the subject out of a head, traces of its former scans included."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     scans = head.table("scans")
     ids = set(scans.filter(pc.equal(scans.column("subject"), traces.subject)).column("scan").to_pylist())
     base = without_scans(head, ids)
     rewrite: dict[StoredTable, pa.Table] = {**base.rewrite}
-    subjects = rewrite.get("subjects", head.table("subjects"))
-    left = subjects.filter(pc.not_equal(subjects.column("subject"), traces.subject))
-    if left.num_rows < subjects.num_rows:
-        rewrite["subjects"] = left
-    held = traces.held_by(head.storage, [head.manifest], spans)
-    voxels = traces.voxels | set(base.drop)
-    gone, packed = _repacked(transaction, head, held, voxels, progress)
-    touched = {segment.encoder for segment in gone if segment.scan_artefact in voxels}
+    living = pa.array(sorted(set(scans.column("scan").to_pylist()) - ids), pa.string())
+    subjects, labels = (rewrite.get(name, head.table(name)) for name in _BESIDE)
+    rest = (pc.not_equal(subjects.column("subject"), traces.subject), pc.is_in(labels.column("scan"), living))
+    for name, rows, keep in zip(_BESIDE, (subjects, labels), rest, strict=True):
+        left = rows.filter(keep)
+        if left.num_rows < rows.num_rows:
+            rewrite[name] = left
+    gone, packed = _repacked(transaction, head, held, traces.their_voxels, progress)
+    touched = {segment.encoder for segment in gone if segment.scan_artefact not in traces.their_voxels}
     derived = [
         made.path
         for made in (*head.artefacts("frame"), *head.artefacts("index"))
         if made.path in held or made.fields["encoder"] in touched
     ]
+    voxels = {made.path for made in head.artefacts("scan") if made.path in held}
     return Proposal(
         add=packed,
-        drop=[*base.drop, *derived],
-        drop_segments=[*base.drop_segments, *gone],
+        drop=[*sorted({*base.drop, *voxels}), *derived],
+        drop_segments=gone,
         rewrite={name: _plain(rows) for name, rows in rewrite.items()},
         buried=[made.path for made in head.artefacts("tombstone")],
     )
 
 
 def _repacked(
-    transaction: Transaction, head: Snapshot, held: Set[str], voxels: Set[str], progress: Progress
+    transaction: Transaction, head: Snapshot, held: Set[str], theirs: Set[str], progress: Progress
 ) -> tuple[list[Segment], list[Artefact]]:
     """All living parts of segments that hold rows of the subject, and new segments with those that are others'."""
     by_path: dict[str, list[Segment]] = {}
     for segment in head.segments():
-        if segment.path in held or segment.scan_artefact in voxels:
+        if segment.path in held or segment.scan_artefact not in theirs:
             by_path.setdefault(segment.path, []).append(segment)
-    kept = [[part for part in parts if part.scan_artefact not in voxels] for parts in by_path.values()]
+    kept = [[part for part in parts if part.scan_artefact in theirs] for parts in by_path.values()]
     groups = [parts for parts in kept if parts]
     progress.start("purge", len(groups), "segments")
     packed = [pack(transaction, parts, Silent()) for parts in groups]
@@ -219,14 +272,6 @@ def _locked(what: str) -> StoreLocked:
     )
 
 
-def _untag(storage: Storage, expire: Set[int]) -> list[str]:
-    """Remove the tags on generations that expire."""
-    found = [name for name in tag_names(storage) if find_tag(storage, name).generation in expire]
-    for name in found:
-        remove_tag(storage, name)
-    return found
-
-
 def _clear(storage: Storage) -> list[str]:
     """Remove what was quarantined, and what trainings that were cut short left: both may hold anything."""
     found = [files.QUARANTINE] if storage.exists(files.QUARANTINE) else []
@@ -236,39 +281,26 @@ def _clear(storage: Storage) -> list[str]:
     return found
 
 
-def _prove(storage: Storage, traces: Traces, held: Set[str], head: Snapshot) -> Searched:
-    """Search all that is left; `StoreDamaged`, naming files, when anything of the subject is there."""
-    there = sorted(path for path in held if storage.exists(path))
-    named = [number for number, made in History.read(storage).manifests.items() if _names(made, held)]
-    scans = head.table("scans")
-    others = {str(value) for name in ("scan", "subject", "digest") for value in scans.column(name).to_pylist()}
-    sessions = traces.sessions - set(scans.column("session").to_pylist())
-    words = Words.of({traces.subject, *traces.scans, *traces.digests} - {""}, others)
-    words = Words((*words.anywhere, *Words.of(sessions, others).anywhere), words.cells)
-    searched = search(storage, words)
-    found = sorted({*there, *searched.hits})
-    if found or named:
-        raise StoreDamaged(
-            f"something of the subject is still in {len(found)} files ({', '.join(found[:10])}) and {len(named)} "
-            "generations",
-            next_step="run isimed purge again; remove files by hand that are not the store's",
-        )
-    return searched
-
-
-def _without_index(manifests: Mapping[int, Manifest], held: Set[str], now: Snapshot) -> list[str]:
-    """Encoders that are still there and have lost a frame or an index."""
-    derived = [made for manifest in manifests.values() for kind in ("frame", "index") for made in manifest.find(kind)]
+def _without_derived(manifests: Mapping[int, Manifest], held: Set[str], now: Snapshot) -> set[str]:
+    """Encoders that are still there and have lost their frame or their index."""
     there = {made.fields["encoder"] for made in now.artefacts("encoder")}
-    lost = {made.fields["encoder"] for made in derived if made.path in held}
-    has = {made.fields["encoder"] for made in now.artefacts("index")}
-    return sorted((lost & there) - has)
+    lost: set[str] = set()
+    for kind in ("frame", "index"):
+        gone = {
+            made.fields["encoder"]
+            for manifest in manifests.values()
+            for made in manifest.find(kind)
+            if made.path in held
+        }
+        lost |= gone - {made.fields["encoder"] for made in now.artefacts(kind)}
+    return lost & there
 
 
-def _remains(now: Snapshot) -> Sequence[str]:
+def _remains(storage: Storage, now: Snapshot) -> Sequence[str]:
     encoders = len(now.artefacts("encoder"))
     learned = (
         f"{encoders} encoders: their weights hold no rows and no voxels, but may have been learned from the subject's "
         "scans; isimed delete --encoder removes one"
     )
-    return [learned, *_ELSEWHERE] if encoders else _ELSEWHERE
+    bucket = () if isinstance(storage, LocalStorage) else _BUCKET
+    return [*((learned,) if encoders else ()), *bucket, *_ELSEWHERE]

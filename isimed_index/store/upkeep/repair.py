@@ -1,6 +1,11 @@
 """Repair: a new generation of all that is whole; what is lost goes to `quarantine/`, and a report says what to do next.
 
-    audit ─▶ what is whole of the newest good generation, rows that are lost from older ones ─▶ commit ─▶ quarantine
+    copies ─▶ audit ─▶ what is whole of the newest good generation, rows that are lost from older ones
+    ─▶ commit ─▶ quarantine
+
+A document of which one file is good is written again from that. A generation is lost when neither is: then the last
+good one is followed, rows that the lost one had deleted stay dead, and what only it named goes to quarantine, so that
+a person sees it before a collector does.
 
 Nothing is made up: a scan whose voxels or row are lost leaves the store with all that was derived from it, so that its
 file can be added again; frames, indexes and segments come back with the next `isimed index`. The commit comes first: a
@@ -12,24 +17,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isimed_index.contracts import FORMAT_VERSION
-from isimed_index.errors import NotFound, StoreDamaged, StoreUnreachable, StoreWarning
+from isimed_index.errors import NotFound, StoreDamaged, StoreUnreadable, StoreWarning
 from isimed_index.progress import Progress
 from isimed_index.store import files
 from isimed_index.store.integrity import check_hash, check_size
-from isimed_index.store.manifest import Artefact, generation_of, load, seal, unseal
+from isimed_index.store.manifest import Artefact, generation_of, load, read_published, seal, unseal
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.tags import tagged
 from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.audit import History, audit
+from isimed_index.store.upkeep.collect import bring_back
+from isimed_index.store.upkeep.copies import documents
 from isimed_index.store.upkeep.findings import Finding
+from isimed_index.store.upkeep.lost import buried_again, is_tombstone, rows_of, unnamed
 from isimed_index.store.upkeep.salvage import Salvage
 
 _BYTES_LOST = ("artefact_missing", "artefact_size", "artefact_hash")
@@ -63,6 +71,7 @@ class Repaired:
     lost: tuple[str, ...] = ()  # what no repair can mend, with the way out
     not_whole: tuple[int, ...] = ()  # older generations that name something that is lost
     tags: tuple[str, ...] = ()  # tags that went to quarantine
+    unnamed: tuple[str, ...] = ()  # paths, as they were, of what only lost generations named; in quarantine/
 
     def to_json(self) -> dict[str, Any]:
         """The report by field."""
@@ -74,17 +83,19 @@ def repair(
 ) -> Repaired:
     """Mend a store as far as it can be; without `findings` the whole store is read first.
 
-    `StoreDamaged` when no generation can be read, `StoreLocked` while another process repairs. A store without damage
-    stays as it is. `FORMAT.json` of a store given by its path may be damaged.
+    `StoreDamaged` when no generation can be read, `StoreLocked` while another process repairs or collects,
+    `StoreUnreadable` when the system keeps a file from being read: then nothing is dropped for it. A store without
+    damage stays as it is. `FORMAT.json` of a store given by its path may be damaged.
     """
     repository = Repository.unchecked(store) if isinstance(store, Path) else store
     storage = repository.storage
     folders = tuple(_make_folders(storage))
     with warnings.catch_warnings(), storage.exclusive("repair"):
         warnings.simplefilter("ignore", StoreWarning)  # what it tells is what is mended
+        mended = tuple(_mend(storage))
         found = audit(repository, read=1.0, progress=progress) if findings is None else list(findings)
         bad = _still_bad(storage, found)
-        plan = _commit(repository, bad)
+        plan, put_away = _followed(repository, bad)
         head = plan.now
         past = History.read(storage)
         kept = {made.path for made in head.manifest.artefacts}
@@ -95,15 +106,16 @@ def repair(
             committed=plan.committed,
             dropped=plan.dropped,
             quarantined=tuple(moved),
-            rewritten=(*folders, *_documents(storage, found, past)),
+            rewritten=(*folders, *mended, *_documents(storage, found, past)),
             add_again=plan.add_again,
             encode_again=plan.encode_again,
             index_again=plan.index_again,
             rows_recovered=plan.recovered,
             rows_lost=plan.lost,
-            lost=tuple(_unmended(found, kept, plan.lost)),
+            lost=(*plan.undone, *_unmended(found, kept, plan.lost)),
             not_whole=tuple(sorted({number for path in gone for number in past.naming(path)})),
-            tags=tuple(sorted(Path(path).stem for path in moved if path.startswith(f"{files.TAGS}/"))),
+            tags=tuple(sorted(Path(path).stem for path in moved if Path(path).match(f"{files.TAGS}/*.json"))),
+            unnamed=tuple(put_away),
         )
 
 
@@ -112,6 +124,15 @@ def _make_folders(storage: Storage) -> Iterator[str]:
         if not storage.exists(folder):
             storage.prepare([folder])
             yield folder
+
+
+def _mend(storage: Storage) -> Iterator[str]:
+    """Write the bad file of each document again from the good one, while no collector takes any away."""
+    with storage.exclusive("collect"):
+        bring_back(storage)
+        for document in documents(storage):
+            if document.mend(storage):
+                yield document.path if document.damage is not None else document.path + files.COPY
 
 
 def _still_bad(storage: Storage, found: Sequence[Finding]) -> dict[str, str]:
@@ -151,15 +172,44 @@ class _Plan:
     index_again: tuple[str, ...]
     recovered: Mapping[str, int]
     lost: Mapping[str, int]
+    undone: tuple[str, ...]  # what is lost with whole generations, in sentences
 
 
-def _commit(repository: Repository, bad: Mapping[str, str]) -> _Plan:
+def _followed(repository: Repository, bad: Mapping[str, str]) -> tuple[_Plan, list[str]]:
+    """Commit what is whole; and, where the newest generation is lost, put away what only it named."""
+    if not repository.snapshot().behind:
+        return _commit(repository, bad, ()), []
+    storage = repository.storage
+    with storage.exclusive("collect"):
+        left = unnamed(storage)
+        tombstones = [path for path in left if is_tombstone(path)]
+        # Before the commit, after which a collector may remove it; tombstones after it, because it is made from them.
+        moved = [path for path in left if path not in tombstones and _quarantine(storage, path)]
+        plan = _commit(repository, bad, tombstones)
+        return plan, [*moved, *(path for path in tombstones if _quarantine(storage, path))]
+
+
+def _undone(head: Snapshot, tombstones: Sequence[str]) -> Iterator[str]:
+    """One sentence for each generation that is lost, and for each tombstone of it that is."""
+    for number in range(head.generation + 1, head.newest_generation + 1):
+        both = " with its copy" if head.storage.copies else ""
+        yield (
+            f"generation {number} is lost{both}: what it changed, deletions too, is undone. "
+            "Next: look through quarantine/, and delete or add again what it had"
+        )
+    for path in tombstones:
+        if rows_of(head.storage, path) is None:
+            yield f"{Path(path).name}, which named deleted rows, cannot be read. Next: delete them again"
+
+
+def _commit(repository: Repository, bad: Mapping[str, str], tombstones: Sequence[str]) -> _Plan:
     """Commit what is whole; nothing when the newest generation is."""
     salvages: list[Salvage] = []
 
     def propose(head: Snapshot) -> Proposal:
         salvages.append(Salvage.of(head, bad, History.read(head.storage, head.generation - 1)))
-        return salvages[-1].proposal()
+        proposal = salvages[-1].proposal()
+        return replace(proposal, add=buried_again(transaction, head, proposal.drop_segments, tombstones))
 
     with repository.transaction("repair", repairs=True) as transaction:
         now = transaction.commit(propose)
@@ -174,14 +224,21 @@ def _commit(repository: Repository, bad: Mapping[str, str]) -> _Plan:
         index_again=tuple(last.index_again()),
         recovered={name: rows.num_rows for name, rows in last.recovered.items() if rows.num_rows},
         lost={name: count for name, count in last.lost_rows().items() if count},
+        undone=tuple(_undone(last.head, tombstones)),
     )
 
 
 def _bad_documents(storage: Storage, found: Sequence[Finding]) -> Iterator[str]:
-    """FORMAT.json, manifests and tags that are damaged; looked at again, because a finding may be old."""
+    """FORMAT.json, manifests and tags that are damaged with their copies, which follow; an old finding may be wrong."""
+    for path in _bad_paths(storage, found):
+        yield from (path, path + files.COPY)
+
+
+def _bad_paths(storage: Storage, found: Sequence[Finding]) -> Iterator[str]:
+    form = partial(read_published, storage, files.FORMAT, partial(unseal, name=files.FORMAT))
     for finding in found:
         path = finding.artefact
-        if finding.kind == "format_damaged" and not _readable(lambda: unseal(storage.read(files.FORMAT), files.FORMAT)):
+        if finding.kind == "format_damaged" and not _readable(form):
             yield path
         elif finding.kind == "manifest_damaged":
             number = generation_of(Path(path).name)
@@ -194,7 +251,7 @@ def _bad_documents(storage: Storage, found: Sequence[Finding]) -> Iterator[str]:
 def _readable(read: Callable[[], object]) -> bool:
     try:
         read()
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
     except (OSError, NotFound):  # StoreDamaged is an OSError
         return False
@@ -217,7 +274,7 @@ def _quarantine(storage: Storage, path: str) -> bool:
 def _documents(storage: Storage, found: Sequence[Finding], past: History) -> Iterator[str]:
     """Write FORMAT.json and HEAD.json again where they are damaged."""
     kinds = {finding.kind for finding in found}
-    if "format_damaged" in kinds:
+    if "format_damaged" in kinds and not storage.exists(files.FORMAT):
         form = {
             "format": "isimed-store",
             "format_version": FORMAT_VERSION,

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from isimed_index.contracts import arrow_schema, table_contract
-from isimed_index.errors import IsimedError, StoreUnreachable
+from isimed_index.errors import IsimedError, StoreUnreadable
 from isimed_index.store.checks import check_coverage
 from isimed_index.store.files import CARD, WEIGHTS, file_digest
 from isimed_index.store.integrity import check_hash, check_size
 from isimed_index.store.manifest import Artefact
+from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.segment import LATTICE, Segment, check_segment, parts_of
 from isimed_index.store.snapshot import Snapshot, StoredTable
@@ -43,9 +44,10 @@ def read_piece(storage: Storage, artefact: Artefact) -> pa.Table | None:
         path = check_size(storage, artefact)
         check_hash(path, artefact)
         rows = pq.read_table(path, partitioning=None)
-    except StoreUnreachable:
+    except StoreUnreadable:
         raise
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        spare(error, f"the table {artefact.name}")
         return None
     return rows if rows.num_rows == artefact.fields["rows"] else None
 
@@ -95,11 +97,12 @@ class Soundness:
         kind = _FORMS[artefact.kind]
         try:
             return list(check(self, artefact))
-        except StoreUnreachable:
+        except StoreUnreadable:
             raise
         except IsimedError as error:
             return [Finding.of(kind, artefact.path, error.message)]
         except Exception as error:  # noqa: BLE001 — whatever a parser makes of damaged bytes is a finding
+            spare(error, f"the {artefact.kind} {artefact.name}")
             return [Finding.of(kind, artefact.path, f"a {artefact.kind} cannot be read ({type(error).__name__})")]
 
     def scans_of(self, artefact: Artefact) -> list[str]:
