@@ -84,7 +84,7 @@ class TestAdd:
         assert report.added == ["good"]
         assert [refusal.name for refusal in report.refused] == ["empty", "bad.nii"]
         assert report.refused[1] == Refusal(
-            "bad.nii", "scan_refused", "this is not a NIfTI file", "convert the image to .nii.gz, or leave it out"
+            "bad.nii", "scan_refused", "this is not a NIfTI file", "convert the image to .nii.gz"
         )
         assert Refusal.of("x", ScanRefused("y.nii: broken")).reason == "y.nii: broken"
 
