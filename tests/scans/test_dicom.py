@@ -526,9 +526,10 @@ class TestRealSeries:
         image = itk_series(sorted(folder.iterdir()), SimpleITK.sitkFloat64)
         assert agrees_with(read(folder), image, RNG) < 1e-3
 
-    @pytest.mark.parametrize("where", ["vendor-siemens_multiframe", "vendor-philips_enhanced"])
-    def test_enhanced_files_of_vendors(self, real_data, where):
-        (path,) = (path for path in (real_data / "dicom" / where).rglob("*") if path.is_file())
+    @pytest.mark.parametrize("where", ["dicom/vendor-siemens_multiframe", "dicom/vendor-philips_enhanced", "odd"])
+    def test_enhanced_files_of_vendors(self, real_data, tmp_path, where):
+        (found,) = (real_data / where).rglob("*.dcm")
+        path = Path(shutil.copy(found, tmp_path))
         image = itk_image(path, SimpleITK.sitkFloat64)
         assert agrees_with(read(path.parent), image, RNG) < 1e-3
 

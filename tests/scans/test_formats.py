@@ -303,7 +303,7 @@ def test_the_command_line_knows_the_same_suffixes():
 class TestRealFiles:
     def test_every_file_lies_where_its_judge_says(self, real_data):
         worst, judged = {}, 0
-        for path in find_files([real_data / name for name in ("ct", "odd", "hippocampus")])[::1]:
+        for path in find_files([real_data / name for name in ("ct", "odd", "hippocampus", "ixi")]):
             if path.suffix == ".dcm":
                 continue
             try:
@@ -322,6 +322,5 @@ class TestRealFiles:
                 np.testing.assert_array_equal(scan.voxels[tuple(nearest.T)], np.asarray(judge.dataobj)[tuple(index.T)])
             else:
                 worst[path.name] = agrees_with(scan, itk_image(path), RNG)
-        print(judged, max(worst.values()))
         assert judged > 200
         assert max(worst.values()) < 1e-3
