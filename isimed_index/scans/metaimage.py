@@ -7,6 +7,7 @@ numbers a voxel and text data are refused.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,10 +81,15 @@ def _fields(raw: BinaryIO) -> dict[str, str]:
 def _numbers(fields: dict[str, str], *keys: str) -> list[float] | None:
     """The numbers of the first of the fields that is there."""
     text = next((fields[key] for key in keys if key in fields), None)
+    if text is None:
+        return None
     try:
-        return None if text is None else [float(word) for word in text.split()]
-    except ValueError as error:
-        raise ScanRefused(f"the header is damaged: its {keys[0]} holds no numbers", next_step=COPY_AGAIN) from error
+        numbers = [float(word) for word in text.split()]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(abs(number) < 2**53 for number in numbers):  # also false for NaN
+        raise ScanRefused(f"the header is damaged: its {keys[0]} holds no numbers", next_step=COPY_AGAIN)
+    return numbers
 
 
 def _true(fields: dict[str, str], key: str, default: str = "False") -> bool:

@@ -45,6 +45,7 @@ def load(path: Path) -> Volume3D:
                 "the header does not say where the voxels lie: its goodRASFlag is not set",
                 next_step="set the orientation with mri_convert",
             )
-        affine = checked_affine(header.get_affine())
+        with np.errstate(all="ignore"):  # what overflows is no finite number, and is refused
+            affine = checked_affine(header.get_affine())
         voxels = read_voxels(source, shape, dtype)
     return turned_volume(voxels, affine, {"source_format": "MGH", "affine_source": "RAS matrix"})

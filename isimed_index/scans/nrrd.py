@@ -104,9 +104,9 @@ def _fields(raw: BinaryIO) -> dict[str, str]:
 def _words(fields: dict[str, str], key: str) -> list[str]:
     """The words of a field that has one for every axis; `ScanRefused` when it does not."""
     words = fields.get(key, "").split()
-    if not fields.get("dimension", "").isdecimal() or len(words) != int(fields["dimension"]):
+    if not words or fields.get("dimension") != str(len(words)):
         raise ScanRefused(f"the header is damaged: its {key} do not fit its dimension", next_step=COPY_AGAIN)
-    if key == "sizes" and not all(word.isdecimal() for word in words):
+    if key == "sizes" and not all(word.isdecimal() and len(word) < 12 for word in words):
         raise ScanRefused("the header is damaged: its sizes are no whole numbers", next_step=COPY_AGAIN)
     return words
 

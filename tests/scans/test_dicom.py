@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
 import zlib
@@ -421,6 +422,21 @@ class TestGrouping:
         for cut in range(140, len(whole), 37):
             path.write_bytes(whole[:cut])
             refused(tmp_path)
+
+    @pytest.mark.parametrize("syntax", ["implicit", "deflated", *GDCM])
+    def test_changed_bytes_are_read_or_refused_and_end_no_process(self, tmp_path, syntax):
+        rng = np.random.default_rng(3)
+        shape, dtype = (48, 40, 2), np.uint8 if syntax == "jpeg-baseline" else np.int16
+        path = write_series(tmp_path, smooth(shape, dtype), syntax=syntax)[0]
+        raw = path.read_bytes()
+        for _ in range(60):
+            changed = bytearray(raw)
+            for place in rng.integers(132, len(raw), rng.integers(1, 8)):
+                changed[place] = rng.integers(256)
+            path.write_bytes(changed)
+            for series in sorted_out(tmp_path)[0]:
+                with contextlib.suppress(ScanRefused):
+                    read_series(series, "scan")
 
     def test_an_index_file_is_passed_over(self, tmp_path):
         path = write_series(tmp_path, noise((7, 9, 1)))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import tempfile
 import zlib
@@ -277,6 +278,25 @@ class TestMghAndPairs:
         nib.save(nib.Nifti1Pair(noise(), grid()), tmp_path / "a.hdr")
         (tmp_path / "a.img").unlink()
         assert "(.img) is not beside it" in refused(tmp_path / "a.hdr")
+
+    @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.mgh", "a.hdr"])
+    def test_changed_bytes_are_read_or_refused(self, tmp_path, name):
+        rng = np.random.default_rng(3)
+        path = tmp_path / name
+        if name == "a.mgh":
+            nib.save(nib.MGHImage(noise(), np.eye(4)), path)
+        elif name == "a.hdr":
+            nib.save(nib.Nifti1Pair(noise(), grid()), path)
+        else:
+            itk_write(path, noise())
+        raw = path.read_bytes()
+        for _ in range(200):
+            changed = bytearray(raw)
+            for place in rng.integers(0, min(len(raw), 500), rng.integers(1, 5)):
+                changed[place : place + 1] = rng.choice([b"\xff", b"9" * 30, b"nan", b"-", b" ", b"\n", b""])
+            path.write_bytes(changed)
+            with contextlib.suppress(ScanRefused):
+                read_scan(path, "a")
 
     def test_analyze_is_refused_for_its_sides(self, tmp_path):
         nib.save(nib.AnalyzeImage(noise(), np.eye(4)), tmp_path / "a.img")

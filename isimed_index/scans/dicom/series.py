@@ -102,34 +102,36 @@ def group(
     series, and so is a whole series whose files do not fit together. An index file (DICOMDIR) is passed over.
     """
     members: dict[str, list[_Header]] = {}
+    names: dict[str, str] = {}  # by UID: two of a hundred million UIDs may share a surrogate
     counts: Counter[str] = Counter()
     reasons: Counter[tuple[str, str, str]] = Counter()
     left: list[Leftover] = []
     for number, path in enumerate(files, start=1):
         (progress or Silent()).advance(1)
-        name = ""
+        uid = ""
         try:
             with open_dicom(path, _TAGS) as dataset:
                 if dataset.file_meta.get("MediaStorageSOPClassUID", None) == _DIRECTORY:
                     continue
-                name = _series_name(dataset, surrogates)
-                counts[name] += 1
-                members.setdefault(name, []).append(_header(path, dataset, surrogates))
+                uid = _series_uid(dataset)
+                names[uid] = surrogates.of("series", uid)
+                counts[uid] += 1
+                header = _header(path, dataset, surrogates)
+                members.setdefault(uid, []).append(header)
         except ScanRefused as error:
-            if name:
-                reasons[name, error.message, error.next_step] += 1
+            if uid:
+                reasons[uid, error.message, error.next_step] += 1
             else:
                 left.append(Leftover(f"DICOM file {number} of {len(files)}", error))
-    for (name, message, next_step), count in reasons.items():
-        left.append(Leftover(name, ScanRefused(f"{_files(count, counts[name])}: {message}", next_step=next_step)))
+    for (uid, message, next_step), count in reasons.items():
+        left.append(Leftover(names[uid], ScanRefused(f"{_files(count, counts[uid])}: {message}", next_step=next_step)))
     found: list[Series] = []
-    for name in sorted(name for name in members if members[name]):
+    for uid in sorted(members, key=names.__getitem__):
         try:
-            found.append(_series(name, members[name]))
+            found.append(_series(names[uid], members[uid]))
         except ScanRefused as error:
-            count = len(members[name])
-            message = f"{_files(count, counts[name])}: {error.message}"
-            left.append(Leftover(name, ScanRefused(message, next_step=error.next_step)))
+            message = f"{_files(len(members[uid]), counts[uid])}: {error.message}"
+            left.append(Leftover(names[uid], ScanRefused(message, next_step=error.next_step)))
     return found, left
 
 
@@ -137,11 +139,11 @@ def _files(count: int, of: int) -> str:
     return f"{count} of its {of} files" if count < of else f"its {count} file{'s' if count > 1 else ''}"
 
 
-def _series_name(dataset: Any, surrogates: Surrogates) -> str:
+def _series_uid(dataset: Any) -> str:
     uid = _text(dataset, "SeriesInstanceUID")
     if not uid:
         raise ScanRefused("it has no SeriesInstanceUID", next_step="export it again")
-    return surrogates.of("series", uid)
+    return uid
 
 
 def _header(path: Path, dataset: Any, surrogates: Surrogates) -> _Header:
