@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/isimed demo --out demo-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isimed_index.api import Store, create, open
+    from isimed_index.api import Store, check, create, open, repair
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.errors import IsimedError
     from isimed_index.grid import PatchGrid
@@ -33,11 +33,24 @@ _HOMES = {
     "PatchGrid": "isimed_index.grid",
     "Scan": "isimed_index.scans.scan",
     "Store": "isimed_index.api",
+    "check": "isimed_index.api",
     "create": "isimed_index.api",
     "open": "isimed_index.api",
+    "repair": "isimed_index.api",
 }
 
-__all__ = ["EncoderCard", "IsimedError", "Matches", "PatchGrid", "Scan", "Store", "create", "open"]
+__all__ = [
+    "EncoderCard",
+    "IsimedError",
+    "Matches",
+    "PatchGrid",
+    "Scan",
+    "Store",
+    "check",
+    "create",
+    "open",
+    "repair",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,11 @@
 """The Python API: one `Store` with the words of the command line.
 
 create / open ─▶ Store.add ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · Store.sql · Store.evaluate · Store.plot
+                 ├── exchange: export · import_
+                 └── upkeep: delete · compact · gc · tag · restore · check · repair · purge
+
+Every method is a few lines: it turns plain arguments into the values that the room below it takes, and pins anew what
+was written. That is why this module may be longer than others.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,16 +29,27 @@ from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.evaluate.landmarks import Evaluation
+    from isimed_index.exchange.folder import Exported
+    from isimed_index.exchange.incoming import Imported
     from isimed_index.indexing import IndexReport
     from isimed_index.lookup import Lookup, SameSubject, Source
     from isimed_index.matches import Matches
     from isimed_index.scans.prepare import Volume
+    from isimed_index.store.tags import Tag
+    from isimed_index.store.upkeep.collect import Collected
+    from isimed_index.store.upkeep.compact import Compacted
+    from isimed_index.store.upkeep.delete import Deleted
+    from isimed_index.store.upkeep.findings import Finding
+    from isimed_index.store.upkeep.purge import Erasure
+    from isimed_index.store.upkeep.repair import Repaired
 
-__all__ = ["AddReport", "Refusal", "Store", "create", "open"]
+__all__ = ["AddReport", "Refusal", "Store", "check", "create", "open", "repair"]
 
 _UMAP_PATCHES = 4000  # drawn by `plot umap`
 FilePath = str | Path
@@ -41,40 +57,75 @@ PointLike = Sequence[float]
 
 
 def create(path: FilePath) -> Store:
-    """Make an empty store at `path`, a folder that is empty or does not exist."""
-    return Store(Repository.create(Path(path)))
+    """Make an empty store at `path`: a folder that is empty or does not exist, or `s3://bucket/prefix`."""
+    return Store(Repository.create(path))
 
 
-def open(path: FilePath, mode: str = "a", generation: int | None = None) -> Store:
-    """Open the store at `path`; `mode="r"` or a `generation` make it read-only, `mode="a"` may write."""
+def open(path: FilePath, mode: str = "a", generation: int | None = None, tag: str | None = None) -> Store:
+    """Open the store at `path` or `s3://…`, read-only with `mode="r"`, a `generation` or a `tag`.
+
+    Use it as a context manager, or call `close`, to let a collector remove what only the pinned generation holds.
+    """
     if mode not in ("r", "a"):
-        raise UsageError(f"expected mode r or a, found {mode!r}")
-    return Store(Repository.open(Path(path)), writable=mode == "a" and generation is None, generation=generation)
+        raise UsageError(f"expected mode r or a, found {mode!r}", next_step='mode="r" to read')
+    if generation is not None and tag is not None:
+        raise UsageError("expected a generation or a tag, found both", next_step="leave out one of them")
+    writable = mode == "a" and generation is None and tag is None
+    return Store(Repository.open(path), writable=writable, generation=generation, tag=tag)
+
+
+def check(path: FilePath, read: float = 0.0, progress: Progress | None = None) -> list[Finding]:
+    """What is not as it should be in the store at `path`, which may be too damaged to be opened.
+
+    Sizes are always compared; a share `read` (0 to 1) of the bytes is read and hashed.
+    """
+    from isimed_index.store.upkeep.audit import audit
+
+    return audit(Repository.unchecked(path), read, progress=progress)
+
+
+def repair(path: FilePath, progress: Progress | None = None) -> Repaired:
+    """Mend the store at `path` as far as it can be; what is lost goes to `quarantine/` and is listed.
+
+    Segments, frames and indexes that were dropped come back with `Store.index`, lost scans with `Store.add`.
+    """
+    from isimed_index.store.upkeep.repair import repair as mend
+
+    return mend(Repository.unchecked(path), progress=progress)
 
 
 class Store:
     """A cohort: scans, encoders, embeddings and indexes in one directory.
 
     Reading pins the newest generation at the first question; `refresh` pins the newest again, and so does every write.
+    The pin is a lease: until `close`, no collector removes what it reads.
     """
 
-    def __init__(self, repository: Repository, *, writable: bool = True, generation: int | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        writable: bool = True,
+        generation: int | None = None,
+        tag: str | None = None,
+    ) -> None:
         self._repository = repository
         self._writable = writable
         self._snapshot: Snapshot | None = None
         self._asked_generation = generation
+        self._asked_tag = tag
         self._lookups: dict[str | None, Lookup] = {}
 
     @property
     def path(self) -> Path:
-        """The store's directory."""
+        """The store's directory, or the cache of a store in a bucket."""
         return self._repository.path
 
     @property
     def snapshot(self) -> Snapshot:
         """The pinned generation that questions are answered from."""
         if self._snapshot is None:
-            self._snapshot = self._repository.snapshot(self._asked_generation)
+            self._snapshot = self._repository.pin(self._asked_generation, self._asked_tag)
         return self._snapshot
 
     @property
@@ -84,8 +135,20 @@ class Store:
 
     def refresh(self) -> None:
         """Pin the newest generation (or, for a store opened at one, that one) again."""
+        self.close()
+
+    def close(self) -> None:
+        """Give up the pinned generation; the next question pins again."""
+        if self._snapshot is not None:
+            self._snapshot.close()
         self._snapshot = None
         self._lookups = {}
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _writing(self) -> Repository:
         if not self._writable:
@@ -274,6 +337,24 @@ class Store:
         """One read-only statement over the views of this generation (scans, patches, labels, …)."""
         return self.snapshot.sql(query, params, timeout_s)
 
+    def embeddings(
+        self, where: str | None = None, encoder: str | None = None, output: str | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.floating[Any]]]]:
+        """Patch ids (n,) and vectors (n, d) of the patches that `where`, SQL over `patches`, keeps; scan by scan.
+
+        `output` names one of the encoder's outputs; by default the one that matches are found by.
+        """
+        import numpy as np
+
+        snapshot = self.snapshot
+        artefact = snapshot.encoder_artefact(encoder)
+        wanted = output or str(snapshot.card(artefact)["match_output"])
+        chosen = None if where is None else snapshot.matching("patches", where).column("patch").to_numpy()
+        for segment in snapshot.segments(artefact.fields["encoder"]):
+            keep = np.ones(segment.rows, bool) if chosen is None else np.isin(segment.row_ids, chosen)
+            if keep.any():
+                yield segment.row_ids[keep], segment.vectors(wanted)[keep]
+
     def scans(self) -> pa.Table:
         """All scans, one row each."""
         return self.sql("SELECT * EXCLUDE (digest, artefact) FROM scans ORDER BY scan")
@@ -290,12 +371,13 @@ class Store:
         """What the store holds, in numbers."""
         snapshot = self.snapshot
         return {
-            "store": self.path.name,
+            "store": self._repository.storage.name,
             "generation": snapshot.generation,
             "scans": snapshot.table("scans").num_rows,
             "subjects": snapshot.table("subjects").num_rows,
             "labels": snapshot.table("labels").num_rows,
-            "patches": sum(segment.rows for segment in snapshot.segments()),
+            "patches": snapshot.manifest.rows,
+            "segments": len(snapshot.artefacts("segment")),
             "encoders": [snapshot.card(artefact)["name"] for artefact in snapshot.artefacts("encoder")],
             "indexes": self.sql("SELECT encoder, kind, rows, recall_at_10 FROM indexes").to_pylist(),
             "bytes": sum(artefact.bytes for artefact in snapshot.manifest.artefacts),
@@ -345,6 +427,159 @@ class Store:
         else:
             raise UsageError(f"expected the figure umap, match or training, found {figure!r}")
 
+    # -- upkeep -----------------------------------------------------------------------------------------------------
+
+    def delete(self, where: str, what: Literal["scans", "patches"] = "scans", dry_run: bool = False) -> Deleted:
+        """Delete the scans, or single patches, that an SQL condition over the view of that name keeps.
+
+        Older generations still hold them until `gc` takes these; `purge` erases a patient.
+        """
+        from isimed_index.store.upkeep.delete import delete_patches, delete_scans
+
+        if what not in ("scans", "patches"):
+            raise UsageError(f"expected to delete scans or patches, found {what!r}", next_step="isimed delete --help")
+        try:
+            return (delete_scans if what == "scans" else delete_patches)(self._writing(), where, dry_run=dry_run)
+        finally:
+            self.refresh()
+
+    def delete_encoder(self, encoder: str, dry_run: bool = False) -> Deleted:
+        """Delete an encoder (id, beginning of one, or name) with its embeddings, frame and indexes."""
+        from isimed_index.store.upkeep.delete import delete_encoder
+
+        try:
+            return delete_encoder(self._writing(), encoder, dry_run=dry_run)
+        finally:
+            self.refresh()
+
+    def compact(self, progress: Progress | None = None) -> Compacted:
+        """Pack small segments and table pieces together, without deleted rows; no answer changes."""
+        from isimed_index.store.upkeep.compact import compact
+
+        try:
+            return compact(self._writing(), progress=progress)
+        finally:
+            self.refresh()
+
+    def gc(self, keep: int = 10, dry_run: bool = False) -> Collected:
+        """Remove generations but the newest `keep`, tagged and pinned ones, and every file that none of these names."""
+        from isimed_index.store.upkeep.collect import collect
+
+        repository = self._writing()
+        self.close()  # our own pin must not keep what it held
+        return collect(repository, keep, dry_run=dry_run)
+
+    def purge(self, subject: str, progress: Progress | None = None) -> Erasure:
+        """Erase a subject from every generation, prove that it is gone, and build frames and indexes anew without it.
+
+        `StoreLocked` while a reader or writer still holds an old generation: run it again when it has ended.
+        """
+        from isimed_index.indexing import derive_again
+        from isimed_index.store.upkeep.purge import purge
+
+        repository = self._writing()
+        self.close()  # our own pin must not keep what is to be erased
+        try:
+            erased = purge(repository, subject, progress)
+            for encoder in erased.index_again:
+                derive_again(repository, encoder, progress or Silent())
+            return erased
+        finally:
+            self.refresh()
+
+    def tag(self, name: str, generation: int | None = None) -> Tag:
+        """Name a generation (the pinned one by default), so that `gc` keeps it and `open(tag=…)` finds it."""
+        from isimed_index.store.tags import set_tag
+
+        return set_tag(self._writing().storage, name, self.generation if generation is None else generation)
+
+    def untag(self, name: str) -> None:
+        """Forget a tag; its generation stays until `gc` takes it."""
+        from isimed_index.store.tags import remove_tag
+
+        remove_tag(self._writing().storage, name)
+
+    def tags(self) -> list[Tag]:
+        """All tags, by name."""
+        from isimed_index.store.tags import find_tag, tag_names
+
+        return [find_tag(self._repository.storage, name) for name in tag_names(self._repository.storage)]
+
+    def restore(self, generation: int | None = None, tag: str | None = None) -> int:
+        """Commit a generation that equals an old one, and return its number; what came between stays in the history."""
+        from isimed_index.store.upkeep.restore import restore
+
+        if (generation is None) == (tag is None):
+            raise UsageError("expected a generation or a tag to restore", next_step="isimed log, or isimed tag")
+        try:
+            return restore(self._writing(), generation, tag).generation
+        finally:
+            self.refresh()
+
+    # -- exchange ---------------------------------------------------------------------------------------------------
+
+    def export(
+        self,
+        out: FilePath,
+        layout: Literal["parquet", "npy", "duckdb"] = "parquet",
+        where: str | None = None,
+        encoder: str | None = None,
+        voxels: bool = False,
+        vectors: bool = False,
+        progress: Progress | None = None,
+    ) -> Exported:
+        """Write the pinned generation as a Parquet folder, a folder of NumPy arrays, or a DuckDB file.
+
+        Args:
+            out: a new path; it appears whole or not at all.
+            where: SQL over `scans` that chooses which are exported.
+            encoder: whose embeddings; None means those of all.
+            voxels: put the scans' OME-Zarr trees into the Parquet folder, which `import_` then reads back whole.
+            vectors: put the vectors into the DuckDB file.
+        """
+        from isimed_index.exchange import export
+
+        if (voxels and layout != "parquet") or (vectors and layout != "duckdb"):
+            raise UsageError("voxels go with parquet only, vectors with duckdb only", next_step="isimed export --help")
+        chosen = export.Selection(self.snapshot, where, encoder)
+        if layout == "parquet":
+            return export.export_parquet(chosen, Path(out), voxels=voxels, progress=progress)
+        if layout == "npy":
+            return export.export_npy(chosen, Path(out), progress=progress)
+        if layout == "duckdb":
+            return export.export_duckdb(chosen, Path(out), vectors=vectors, progress=progress)
+        raise UsageError(f"expected parquet, npy or duckdb, found {layout!r}", next_step="isimed export --help")
+
+    def import_(
+        self,
+        path: FilePath,
+        card: FilePath | None = None,
+        space: Literal["ras", "lps"] = "ras",
+        scans: FilePath | None = None,
+        progress: Progress | None = None,
+    ) -> Imported:
+        """Read an exported Parquet folder back, or with a `card` the embeddings of another program.
+
+        Args:
+            path: the folder; or a table of embeddings, or a folder of arrays beside one.
+            card: JSON that describes the foreign encoder.
+            space: of the foreign positions.
+            scans: table with shape and affine of foreign scans that the store lacks.
+        """
+        repository = self._writing()
+        try:
+            if card is None:
+                from isimed_index.exchange.restore import import_parquet
+
+                if space != "ras" or scans is not None:
+                    raise UsageError("space and scans go with a card only", next_step="isimed import --help")
+                return import_parquet(repository, Path(path), progress)
+            from isimed_index.exchange.foreign import import_embeddings
+
+            return import_embeddings(repository, Path(path), Path(card), space, _path(scans), progress)
+        finally:
+            self.refresh()
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _lookup(self, encoder: str | None) -> Lookup:
@@ -355,7 +590,7 @@ class Store:
         return self._lookups[encoder]
 
     def _source(self, lookup: Lookup, scan: FilePath) -> Source:
-        """A stored scan by id, or else a file."""
+        """A stored scan by id, or else a file: its stored copy where the content is known, or the file itself."""
         if isinstance(scan, str) and scan in self.snapshot.scan_ids():
             return lookup.source(scan)
         path = Path(scan)
@@ -374,7 +609,7 @@ def _working_volume(snapshot: Snapshot, scan: str, spacing_mm: float) -> Volume:
     from isimed_index.scans.chunks import open_chunks
     from isimed_index.scans.prepare import Intensity, prepare
 
-    stored = open_chunks(snapshot.chunks_path(scan))
+    stored = open_chunks(snapshot.chunks_path(scan), scan)
     return prepare(stored.values(), stored.affine, spacing_mm, Intensity())
 
 
@@ -384,7 +619,10 @@ def _triple(point: PointLike) -> tuple[float, float, float]:
     except (TypeError, ValueError):
         x = y = z = math.nan
     if not all(map(math.isfinite, (x, y, z))):
-        raise UsageError(f"expected a point of three finite numbers, found {point!r}")
+        raise UsageError(
+            f"expected a point of three finite numbers, found {point!r}",
+            next_step="give x, y, z such as (-12, -40, 88)",
+        )
     return x, y, z
 
 

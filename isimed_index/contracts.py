@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1  # the newest store format that this version reads and the one it writes
-FEATURES: frozenset[str] = frozenset()  # optional parts of the format that this version knows
+FEATURES = frozenset({"packed-segments", "tombstones"})  # optional parts of the format that this version knows
 
-SchemaName = Literal["format", "manifest", "card", "artefact"]
-TableName = Literal["scans", "subjects", "labels", "patches", "charts"]
+SchemaName = Literal["format", "manifest", "card", "tag", "artefact"]
+TableName = Literal["scans", "subjects", "labels", "patches", "charts", "tombstones"]
 ViewName = Literal["patches", "encoders", "segments", "indexes", "generations"]
 Metric = Literal["cosine", "l2"]  # how vectors are compared; the card's schema lists the same
 
@@ -35,7 +35,7 @@ def schema(name: SchemaName) -> dict[str, Any]:
     """The JSON Schema of one kind of document; `artefact` is one entry of a manifest."""
     if name == "artefact":
         manifest = schema("manifest")
-        return {"$schema": manifest["$schema"], **manifest["$defs"]["artefact"]}
+        return {"$schema": manifest["$schema"], "$defs": manifest["$defs"], **manifest["$defs"]["artefact"]}
     loaded: dict[str, Any] = document(f"{name}.schema.json")
     return loaded
 

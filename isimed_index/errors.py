@@ -10,6 +10,9 @@
     ├── TrainingDiverged      (ArithmeticError)    kind training_diverged  exit 1
     ├── SqlRefused            (ValueError)         kind sql_refused        exit 1
     ├── StoreNotFound         (FileNotFoundError)  kind store_not_found    exit 10
+    ├── StoreFull             (OSError)            kind store_full         exit 1
+    ├── StoreReadOnly         (PermissionError)    kind store_read_only    exit 1
+    ├── StoreUnreachable      (ConnectionError)    kind store_unreachable  exit 1
     ├── StoreLocked           (BlockingIOError)    kind store_locked       exit 11
     ├── StoreDamaged          (OSError)            kind store_damaged      exit 12
     ├── Incompatible          (ValueError)         kind incompatible       exit 13
@@ -103,6 +106,24 @@ class StoreNotFound(IsimedError, FileNotFoundError):
 
     kind = "store_not_found"
     exit_code = 10
+
+
+class StoreFull(IsimedError, OSError):
+    """There is no room left where the store lies."""
+
+    kind = "store_full"
+
+
+class StoreReadOnly(IsimedError, PermissionError):
+    """The store can be read, but this process may not write to it."""
+
+    kind = "store_read_only"
+
+
+class StoreUnreachable(IsimedError, ConnectionError):
+    """The service that holds the store did not answer, or refused to."""
+
+    kind = "store_unreachable"
 
 
 class StoreLocked(IsimedError, BlockingIOError):

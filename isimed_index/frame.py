@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.consensus import agreement, fit_pair
+from isimed_index.contracts import conform
 from isimed_index.errors import StoreDamaged
 from isimed_index.lattice import Lattice, Points, Standard
 from isimed_index.progress import Progress, Silent
@@ -145,8 +146,11 @@ def _corners(lattice: Lattice) -> Points:
     return apply_affine(lattice.affine, ends)
 
 
-def write_frame(directory: Path, frame: Frame) -> None:
-    """Write a frame as `frame.json`, `charts.parquet`, `template.npy` (float16) and `template_mask.npy`."""
+def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None = None) -> None:
+    """Write a frame as `frame.json`, `charts.parquet`, `template.npy` (float16) and `template_mask.npy`.
+
+    `voxels` says by scan id to which artefact each chart was fitted.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -154,10 +158,11 @@ def write_frame(directory: Path, frame: Frame) -> None:
     for r in range(3):
         for c in range(4):
             rows[f"a{r}{c}"] = [float(chart.affine[r, c]) for chart in frame.charts.values()]
+    rows["voxels"] = [(voxels or {}).get(scan) for scan in frame.charts]
     rows["residual_mm"] = [chart.residual_mm for chart in frame.charts.values()]
     rows["matches"] = [chart.matches for chart in frame.charts.values()]
     rows["agreement"] = [chart.agreement for chart in frame.charts.values()]
-    pq.write_table(pa.table(rows), directory / CHARTS)
+    pq.write_table(conform("charts", pa.table(rows)), directory / CHARTS)
     np.save(directory / TEMPLATE, frame.template.vectors.astype(np.float16), allow_pickle=False)
     np.save(directory / MASK, frame.template.mask, allow_pickle=False)
     content = {
@@ -170,8 +175,12 @@ def write_frame(directory: Path, frame: Frame) -> None:
     (directory / FRAME).write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_frame(directory: Path) -> Frame:
-    """Read what `write_frame` wrote; `StoreDamaged` when something is missing or malformed."""
+def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Frame:
+    """Read what `write_frame` wrote; `StoreDamaged` when something is missing or malformed.
+
+    With `voxels`, the artefact of every scan by id, a chart that was fitted to other voxels is left out: the scan of
+    that id was deleted, and another one has its name now.
+    """
     import pyarrow.parquet as pq
 
     try:
@@ -185,6 +194,8 @@ def read_frame(directory: Path) -> Frame:
         for row in rows:
             affine = np.eye(4)
             affine[:3] = [[row[f"a{r}{c}"] for c in range(4)] for r in range(3)]
+            if voxels is not None and row.get("voxels") not in (None, voxels.get(row["scan"])):
+                continue
             charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
         return Frame(content["encoder"], standard, template, charts)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from isimed_index.encode import Encoded, EncodeTask, encode_groups, stride_in_vo
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
-from isimed_index.index.card import IndexCard
+from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
@@ -64,8 +64,7 @@ class IndexOptions:
 
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
     """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again."""
-    with repository.transaction("index") as transaction:
-        head = repository.snapshot()
+    with repository.transaction("index") as transaction, repository.pin() as head:
         directory = head.encoder_path(options.encoder)
         card = read_card(directory)
         stride = stride_in_voxels(card, options.stride_mm)
@@ -92,6 +91,15 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
     return IndexReport(
         card.id, report.encoded, report.skipped, report.refused, rows, built.recall_at_10, built.recipe.factory
     )
+
+
+def derive_again(repository: Repository, encoder_id: str, progress: Progress) -> None:
+    """Fit the frame and build the index of an encoder over the segments that there are; nothing is encoded."""
+    with repository.transaction("index") as transaction, repository.pin() as head:
+        if head.segments(encoder_id):
+            card = read_card(head.encoder_path(encoder_id))
+            _commit_frame(transaction, card, progress)
+            _commit_index(transaction, card, IndexOptions())
 
 
 def _task_groups(
@@ -140,7 +148,7 @@ def _commit_segments(
         fresh = [artefact for artefact in staged if artefact.fields["task"] not in there]
         again = {artefact.fields["scan_artefact"] for artefact in fresh}
         # A scan that is encoded on another lattice has that one from now on: one segment per scan and encoder.
-        return Proposal(add=fresh, drop=[segment.path for segment in stored if segment.scan_artefact in again])
+        return Proposal(fresh, drop_segments=[segment for segment in stored if segment.scan_artefact in again])
 
     transaction.commit(propose)
     return sum(int(artefact.fields["rows"]) for artefact in staged)
@@ -153,11 +161,13 @@ def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progres
     """
     done = False
     while not done:
-        snapshot = transaction.repository.snapshot()
-        frame = _next_frame(snapshot, card, progress)
-        done = frame is None or _commit_one(
-            transaction, "frame", partial(write_frame, frame=frame), card, instead_of=snapshot.newest("frame", card.id)
-        )
+        with transaction.repository.pin() as snapshot:
+            frame = _next_frame(snapshot, card, progress)
+            if frame is None:
+                return
+            before = snapshot.newest("frame", card.id)
+            write = partial(write_frame, frame=frame, voxels=snapshot.voxels_of)
+            done = _commit_one(transaction, "frame", write, card, instead_of=before)
 
 
 def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
@@ -178,7 +188,7 @@ def _stored_frame(snapshot: Snapshot, card: EncoderCard) -> Frame | None:
     """The frame that is stored; None when there is none, or when it is damaged: it can be fitted again."""
     try:
         path = snapshot.frame_path(card.id)
-        return None if path is None else read_frame(path)
+        return None if path is None else read_frame(path, snapshot.voxels_of)
     except StoreDamaged as error:
         warnings.warn(f"{error}; the frame is fitted anew", StoreWarning, stacklevel=2)
         return None
@@ -199,22 +209,22 @@ def _lattices(segments: Mapping[str, Segment], card: EncoderCard, standard: Stan
 
 def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:
     """Build the index over the newest segment of every scan, unless the stored one covers these and is good enough."""
-    snapshot = transaction.repository.snapshot()
-    segments = sorted(snapshot.newest_segments(card.id).values(), key=lambda segment: segment.first_row_id)
-    covers = [segment.path for segment in segments]
-    newest = snapshot.newest("index", card.id)
-    if newest is not None and list(newest.fields["covers"]) == covers:
-        built = _stored_index(snapshot, card)
-        if built is not None and built.min_recall >= options.min_recall and _fits(built, options.max_ram):
-            return built
-    blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
-    cards: list[IndexCard] = []
+    with transaction.repository.pin() as snapshot:
+        segments = sorted(snapshot.newest_segments(card.id).values(), key=lambda segment: segment.first_row_id)
+        covers = [list(ends) for ends in row_ranges([segment.row_ids for segment in segments])]
+        newest = snapshot.newest("index", card.id)
+        if newest is not None and newest.fields["covers"] == covers:
+            built = _stored_index(snapshot, card)
+            if built is not None and built.min_recall >= options.min_recall and _fits(built, options.max_ram):
+                return built
+        blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
+        cards: list[IndexCard] = []
 
-    def build(directory: Path) -> None:
-        cards.append(build_index(directory, blocks, card.metric, options.min_recall, options.max_ram))
+        def build(directory: Path) -> None:
+            cards.append(build_index(directory, blocks, card.metric, options.min_recall, options.max_ram))
 
-    _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
-    return cards[0]
+        _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
+        return cards[0]
 
 
 def _stored_index(snapshot: Snapshot, card: EncoderCard) -> IndexCard | None:

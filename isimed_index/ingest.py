@@ -70,11 +70,15 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class AddReport:
-    """What became of every file: ids of new scans, ids of scans that were there already, and refusals."""
+    """What became of every file: ids of new scans, ids of scans that were there already, and refusals.
+
+    `unnamed` are the values in label maps of new scans for which no name was given.
+    """
 
     added: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    unnamed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,7 @@ def add(
         ThreadPoolExecutor(options.workers, thread_name_prefix="add") as pool,
     ):
         for start in range(0, len(chosen), BATCH):
-            head = repository.snapshot()
+            head = repository.pin()
             known = set(_digests(head))
             labelled = _labelled(head)
             unlabelled = {digest for digest, scan in _digests(head).items() if scan not in labelled}
@@ -165,6 +169,7 @@ def add(
                     staged.append(_stage(transaction, outcome))
             now = transaction.commit(partial(_proposal, staged, metadata))
             ours = {item.artefact.path for item in staged} & now.scan_of.keys()
+            report.unnamed[:] = sorted({*report.unnamed, *_unnamed(staged)})
             scans = _digests(now)
             report.added.extend(scans[item.digest] for item in staged if item.artefact.path in ours)
             old = [(item.file, item.digest) for item in staged if item.artefact.path not in ours] + repeated
@@ -172,6 +177,10 @@ def add(
             report.refused.extend(_late_metadata(old, metadata, now) if metadata else ())
     progress.finish()
     return report
+
+
+def _unnamed(staged: Sequence[_Staged]) -> set[int]:
+    return {row["label"] for item in staged for row in item.labels if row["name"] is None}
 
 
 def _labelled(snapshot: Snapshot) -> set[str]:

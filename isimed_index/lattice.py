@@ -158,11 +158,10 @@ class ScanGeometry:
         voxel = apply_affine(inverse(self.affine), xyz_mm)
         return bool((voxel >= -0.5).all() and (voxel <= np.array(self.shape) - 0.5).all())
 
-    def bounds_mm(self) -> tuple[Points, Points]:
-        """The least and the greatest RAS+ mm (3,) of any voxel centre."""
+    def corners_mm(self) -> Points:
+        """The centres (8, 3) of the voxels in the volume's corners, in RAS+ mm."""
         ends = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1).reshape(-1, 3)
-        corners = apply_affine(self.affine, ends)
-        return corners.min(axis=0), corners.max(axis=0)
+        return apply_affine(self.affine, ends)
 
 
 def write_geometry(directory: Path, grid: PatchGrid, scan: ScanGeometry) -> None:
@@ -183,7 +182,7 @@ def write_geometry(directory: Path, grid: PatchGrid, scan: ScanGeometry) -> None
 
 def read_geometry(segment: Segment) -> ScanGeometry:
     """The geometry of the scan that a segment was encoded from; the scan itself is not opened."""
-    scan = _read_json(segment).get("scan", {})
+    scan = segment.lattice().get("scan", {})
     with _malformed():
         return ScanGeometry(_shape(scan["shape"]), _matrix(scan["affine"]), _matrix(scan["source_affine"]))
 
@@ -191,19 +190,13 @@ def read_geometry(segment: Segment) -> ScanGeometry:
 def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
     """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit."""
     patches = segment.patches()
-    content = _read_json(segment)
+    content = segment.lattice()
     with _malformed():
         shape, affine = _shape(content["shape"]), _matrix(content["affine"])
     ijk = np.stack([patches.column(axis).to_numpy() for axis in "ijk"], axis=1)
     if ((ijk < 0) | (ijk >= shape)).any():
         raise StoreDamaged(f"{FILE} of a segment says shape {shape}, a patch lies outside", next_step=_RESTORE)
     return build_lattice(standard.unit(segment.vectors(output)), ijk, shape, affine)
-
-
-def _read_json(segment: Segment) -> dict[str, Any]:
-    with _malformed():
-        content = json.loads((segment.verified() / FILE).read_text(encoding="utf-8"))
-        return dict(content)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from isimed_index.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from isimed_index.scans.chunks import StoredScan
+    from isimed_index.scans.scan import Scan
 
 SameSubject = Literal["include", "exclude", "only"]
 MAX_SHIFT_MM = 30.0  # a local fit that leaves the chart by more than this is not believed
@@ -62,7 +63,7 @@ class Question:
 class Source:
     """The scan that a point is given in: stored, or a file that was encoded for this question."""
 
-    scan: str | None  # None for a file
+    scan: str | None  # None for a file whose content is not stored
     subject: str | None
     geometry: ScanGeometry
     lattice: Lattice
@@ -75,12 +76,22 @@ class Source:
         else:
             at = to_ras_mm(point, space, self.geometry.source_affine)
         if not self.geometry.holds(at):
-            low, high = self.geometry.bounds_mm()
-            raise OutsideScan(
-                f"the point {_text(at)} (RAS mm) lies outside the scan, which spans {_text(low)} to {_text(high)}",
-                next_step="check --space: ras, lps and voxel are different numbers for the same place",
-            )
+            raise self._outside(np.asarray(point, dtype=np.float64), space, at)
         return at
+
+    def _outside(self, point: Point, space: Space, at: Point) -> OutsideScan:
+        """The error that names the place and the scan's extent in the space asked in, and in RAS mm beside it."""
+        corners = self.geometry.corners_mm()
+        if space == "canonical":
+            own = apply_affine(self.chart.affine, corners)
+        else:
+            own = from_ras_mm(corners, space, self.geometry.source_affine)
+        unit = {"ras": "RAS mm", "lps": "LPS mm", "voxel": "voxel", "canonical": "canonical mm"}[space]
+        said = f"the point {_text(point)} ({unit}) lies outside the scan, which spans {_span(own)}"
+        if space != "ras":
+            said += f"; in RAS mm it is {_text(at)} and the scan spans {_span(corners)}"
+        step = "check --space: ras, lps and voxel are different numbers for the same place"
+        return OutsideScan(said, next_step=step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,7 @@ class Lookup:
             raise NotFound(
                 f"encoder {self.card.name!r} has no canonical frame in this store", next_step="run isimed index first"
             )
-        return read_frame(path)
+        return read_frame(path, self.snapshot.voxels_of)
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
@@ -129,7 +140,7 @@ class Lookup:
         from isimed_index.scans.chunks import open_chunks
 
         if scan not in self._stored:
-            self._stored[scan] = open_chunks(self.snapshot.chunks_path(scan))
+            self._stored[scan] = open_chunks(self.snapshot.chunks_path(scan), scan)
         return self._stored[scan]
 
     def geometry(self, scan: str) -> ScanGeometry:
@@ -146,17 +157,29 @@ class Lookup:
         return Source(scan, row["subject"], self.geometry(scan), self.lattice(scan), self.frame.charts[scan])
 
     def source_of_file(self, path: Path, device: str = "auto") -> Source:
-        """A file that is not in the store, read, encoded and charted for this question; needs torch."""
-        from isimed_index.encode import prepared, volume_lattice
-        from isimed_index.encoders.runtime import load_encoder
+        """A file as the place of a question: its stored copy, or read, encoded and charted afresh (needs torch).
+
+        A copy is known by its content. It answers as what it is stored as; voxels are those of the file given.
+        """
+        from isimed_index.copies import stored_copy
         from isimed_index.scans.read import read_scan
 
         scan = read_scan(path, "query")
+        geometry = ScanGeometry.of(scan.shape, scan.affine, scan.attributes)
+        copy = stored_copy(self.snapshot, scan)
+        subject = None if copy is None else self.snapshot.scan_row(copy)["subject"]
+        if copy is not None and copy in self.segments:
+            return Source(copy, subject, geometry, self.lattice(copy), self.frame.charts[copy])
+        lattice = self._encoded(scan, device)
+        return Source(copy, subject, geometry, lattice, fit_chart(lattice, self.frame.template))
+
+    def _encoded(self, scan: Scan, device: str) -> Lattice:
+        from isimed_index.encode import prepared, volume_lattice
+        from isimed_index.encoders.runtime import load_encoder
+
         encoder = load_encoder(self.snapshot.encoder_path(self.card.id), device)
         volume = prepared(scan.values(), scan.affine, self.card)
-        lattice = volume_lattice(encoder, volume, self.card.stride_vox, self.frame.standard)
-        geometry = ScanGeometry.of(scan.shape, scan.affine, scan.attributes)
-        return Source(None, None, geometry, lattice, fit_chart(lattice, self.frame.template))
+        return volume_lattice(encoder, volume, self.card.stride_vox, self.frame.standard)
 
     def nearest(self, source: Source, point: Sequence[float], space: Space, question: Question) -> Matches:
         """One best match per scan, ranked by descriptor distance; scans that do not show the place come last."""
@@ -181,7 +204,7 @@ class Lookup:
             back = self._cycle(source, scan, place, at) if question.cycle else None
             rows.append((not seen, place.distance, scan, subject, place, seen, back))
         rows.sort(key=lambda row: row[:3])
-        return Matches(self._columns(rows[: question.k], space))
+        return Matches(self._columns(rows[: question.k], space), source.scan)
 
     def nearest_patches(
         self, source: Source, point: Sequence[float], space: Space, question: Question, *, exact: bool = False
@@ -196,10 +219,15 @@ class Lookup:
         among = self._rows_within(source, at, targets, question.within_mm)
         index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
         hits = index.search(asked, question.k, among, exact=exact)
-        return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space))
+        return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), source.scan)
 
     def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""
+        if question.same_subject == "only" and source.subject is None:
+            raise UsageError(
+                "the file is not in the store, so nothing is known of its subject's other scans",
+                next_step="leave out --same-subject only, or give a stored scan",
+            )
         table = self.snapshot.matching("scans", question.where)
         pairs = zip(table.column("scan").to_pylist(), table.column("subject").to_pylist(), strict=True)
         chosen = []
@@ -233,9 +261,7 @@ class Lookup:
         return float(np.linalg.norm(back - at))
 
     def _columns(self, rows: Sequence[tuple[Any, ...]], space: Space) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [] for name in _MATCH_COLUMNS}
-        if space != "ras":
-            columns |= {axis: [] for axis in "xyz"}
+        columns = _empty_columns(_MATCH_COLUMNS, space)
         for _, distance, scan, subject, place, seen, back in rows:
             found = self._place_columns(scan, place.xyz_mm, space)
             found |= {"scan": scan, "subject": subject, "distance": _finite(distance), "in_view": seen}
@@ -255,7 +281,7 @@ class Lookup:
                 asked = apply_affine(self.frame.charts[scan].affine, at)
             else:
                 asked = from_ras_mm(at, space, own)
-            columns |= dict(zip("xyz", map(float, asked), strict=True))
+            columns |= dict(zip("xyz", map(float, asked), strict=True)) | {"space": space}
         return columns
 
     @cached_property
@@ -263,13 +289,13 @@ class Lookup:
         return set(self.snapshot.table("labels").column("scan").to_pylist())
 
     def _label(self, scan: str, at: Point) -> str | None:
-        """Name (or number) of the label at a place, None outside of all or where the scan has no label map."""
+        """Name of the label at a place (`label 87` without one), None outside of all or where there is no label map."""
         if scan not in self._labelled:
             return None
         stored = self.stored(scan)
         i, j, k = np.rint(apply_affine(inverse(stored.affine), at)).astype(int).tolist()
         label = stored.label_at((i, j, k))
-        return None if not label else stored.label_names.get(label, str(label))
+        return None if not label else stored.label_names.get(label, f"label {label}")
 
     def _rows_within(
         self, source: Source, at: Point, targets: Mapping[str, str], within_mm: float | None
@@ -290,18 +316,16 @@ class Lookup:
     def _patch_columns(
         self, row_ids: NDArray[np.int64], distances: NDArray[np.float32], subjects: Mapping[str, str], space: Space
     ) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [] for name in _PATCH_COLUMNS}
-        if space != "ras":
-            columns |= {axis: [] for axis in "xyz"}
-        spans = [(s.first_row_id, s.first_row_id + s.rows, scan) for scan, s in self.segments.items()]
+        columns = _empty_columns(_PATCH_COLUMNS, space)
+        spans = [(s.first_row_id, s.end_row_id, scan) for scan, s in self.segments.items()]
         centres: dict[str, NDArray[np.float64]] = {}
         for row, distance in zip(row_ids.tolist(), distances.tolist(), strict=True):
             if row < 0:
                 continue
-            first, scan = next((a, scan) for a, b, scan in spans if a <= row < b)
+            scan = next(scan for first, end, scan in spans if first <= row < end)
             if scan not in centres:
                 centres[scan] = _centres(self.segments[scan])
-            found = self._place_columns(scan, centres[scan][row - first], space)
+            found = self._place_columns(scan, centres[scan][np.searchsorted(self.segments[scan].row_ids, row)], space)
             found |= {"patch": row, "scan": scan, "subject": subjects[scan], "distance": distance}
             for name, values in columns.items():
                 values.append(found[name])
@@ -332,8 +356,19 @@ def _centres(segment: Segment) -> NDArray[np.float64]:
     return np.stack([patches.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1).astype(np.float64)
 
 
+def _empty_columns(names: Sequence[str], space: Space) -> dict[str, list[Any]]:
+    """No rows yet; the coordinates in a space other than RAS stand right after the subject, with its name."""
+    place = names.index("subject") + 1
+    asked = () if space == "ras" else ("x", "y", "z", "space")
+    return {name: [] for name in (*names[:place], *asked, *names[place:])}
+
+
+def _span(corners: NDArray[np.float64]) -> str:
+    return f"{_text(corners.min(axis=0))} to {_text(corners.max(axis=0))}"
+
+
 def _text(at: Point) -> str:
-    return "(" + ", ".join(f"{v:.1f}" for v in at) + ")"
+    return "(" + ", ".join(f"{round(v, 1) + 0.0:.1f}" for v in at) + ")"
 
 
 def _finite(value: float) -> float | None:

@@ -33,9 +33,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The answers to one question, best first: columns of equal length, rows as views."""
+    """The answers to one question, best first: columns of equal length, rows as views.
+
+    `x_mm`, `y_mm`, `z_mm` are always RAS+ mm. Asked in another space, answers also have `x`, `y`, `z` in that one and
+    its name in `space`. A label without a name reads `label 87`. `source` is the id of the scan that the point was
+    given in, also where its file was given; None for a file whose content is not stored.
+    """
 
     columns: dict[str, list[Any]]
+    source: str | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -63,7 +69,7 @@ def _types() -> dict[str, Any]:
     import pyarrow as pa
 
     real = ("x_mm", "y_mm", "z_mm", "x", "y", "z", "distance", "error_mm", "confidence", "residual_mm", "cycle_mm")
-    text = ("scan", "subject", "label")
+    text = ("scan", "subject", "label", "space")
     return (
         dict.fromkeys(real, pa.float64())
         | dict.fromkeys(text, pa.string())

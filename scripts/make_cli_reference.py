@@ -23,15 +23,16 @@ PREFACE = """\
 Results go to stdout; progress, notes and errors go to stderr. Every option can also be given by the environment
 variable that stands beside it. The examples can be run as they stand inside the folder that `isimed demo` leaves.
 
-`--json` is short for `--format json`; `arrow` and `parquet` need `--out FILE`, and with `--out` the suffix of the file
-names the format. JSON uses the field names of the Python API; a missing or infinite number is `null`.
+`--json` is short for `--format json`; `arrow` and `parquet` need `--out FILE`. With `--out` and without `--format`, the
+suffix of the file names the format; any other suffix is a usage error. What was written is noted on stderr. JSON uses
+the field names of the Python API; a missing or infinite number is `null`.
 
 An error is one line, `error[kind]: what, where. Next: what to do.`, and an exit code; `--debug` shows the traceback.
 
 | exit code | meaning |
 |---|---|
 | 0 | ok |
-| 1 | error |
+| 1 | error; of a batch: every input was refused |
 | 2 | usage: an option or argument is wrong |
 | 3 | partial: some inputs were refused; they are listed on stderr and in `--report FILE`, all others landed |
 | 10 | no store there |

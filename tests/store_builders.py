@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from isimed_index.store.manifest import Artefact
+from isimed_index.index.card import row_ranges
+from isimed_index.store import files
+from isimed_index.store.manifest import Artefact, listed, load, manifest_name
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import write_segment
 from isimed_index.store.snapshot import Snapshot
@@ -22,6 +26,13 @@ from isimed_index.store.transaction import Proposal, Transaction
 
 ENCODER = "3f2a90c1d4e5"
 OTHER_ENCODER = "3f77aa00bb11"
+LATTICE = {
+    "scan": {"shape": [8, 8, 8], "affine": np.eye(4).tolist(), "source_affine": np.eye(4).tolist()},
+    "shape": [9, 9, 9],
+    "affine": np.diag([2.0, 3.0, 5.0, 1.0]).tolist(),
+    "patch_vox": 4,
+    "stride_vox": 2,
+}
 ROOT = Path(__file__).parents[1]
 
 
@@ -105,10 +116,13 @@ def vectors(n: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def stage_segment(transaction: Transaction, head: Snapshot, scan: str, n: int, encoder: str = ENCODER) -> Artefact:
+def stage_segment(
+    transaction: Transaction, head: Snapshot, scan: str, n: int, encoder: str = ENCODER, seed: int = 0
+) -> Artefact:
     """A segment of a committed scan."""
     path = transaction.stage("segment")
-    fields = write_segment(path, patch_rows(scan, n), vectors(n))
+    fields = write_segment(path, patch_rows(scan, n), vectors(n, seed))
+    (path / "lattice.json").write_text(json.dumps(LATTICE), encoding="utf-8")
     scan_artefact = head.scan_row(scan)["artefact"]
     task = hashlib.sha256(f"{scan}/{encoder}".encode()).hexdigest()
     return transaction.add(
@@ -116,11 +130,39 @@ def stage_segment(transaction: Transaction, head: Snapshot, scan: str, n: int, e
     )
 
 
-def add_segment(repository: Repository, scan: str, n: int, encoder: str = ENCODER) -> Snapshot:
-    """Commit one segment."""
-    with repository.transaction("index") as transaction:
-        artefact = stage_segment(transaction, repository.snapshot(), scan, n, encoder)
+def add_segment(repository: Repository, scan: str, n: int, encoder: str = ENCODER, seed: int = 0) -> Snapshot:
+    """Commit one segment, beside those that the scan has."""
+    with repository.pin() as pinned, repository.transaction("index") as transaction:
+        artefact = stage_segment(transaction, pinned, scan, n, encoder, seed)
         return transaction.commit(lambda head: Proposal([artefact]))
+
+
+def encode_again(repository: Repository, scan: str, n: int, seed: int) -> Snapshot:
+    """Commit one segment in place of those that the scan has of the same encoder, as `index` does."""
+    with repository.pin() as pinned, repository.transaction("index") as transaction:
+        artefact = stage_segment(transaction, pinned, scan, n, seed=seed)
+        voxels = artefact.fields["scan_artefact"]
+
+        def propose(head: Snapshot) -> Proposal:
+            old = [segment for segment in head.segments(ENCODER) if segment.scan_artefact == voxels]
+            return Proposal([artefact], drop_segments=old)
+
+        return transaction.commit(propose)
+
+
+def content(snapshot: Snapshot) -> dict[str, dict[int, tuple[str, int, bytes]]]:
+    """All that can be asked of a snapshot: rows of tables, and by row id each patch's scan, index and vectors."""
+    scans = {
+        row["scan"]: (row["subject"], row["nx"], row["digest"].encode()) for row in snapshot.table("scans").to_pylist()
+    }
+    patches = {}
+    for segment in snapshot.segments():
+        rows = segment.patches().to_pylist()
+        outputs = [segment.vectors(name) for name in sorted(segment.outputs)]
+        for number, (row_id, row) in enumerate(zip(segment.row_ids.tolist(), rows, strict=True)):
+            assert row_id not in patches, "a row id stands twice"
+            patches[row_id] = (row["scan"], row["i"], b"".join(vectors[number].tobytes() for vectors in outputs))
+    return {"scans": scans, "patches": patches}
 
 
 def add_frame(repository: Repository, scan: str, encoder: str = ENCODER) -> Snapshot:
@@ -136,13 +178,22 @@ def add_frame(repository: Repository, scan: str, encoder: str = ENCODER) -> Snap
 
 def add_index(repository: Repository, encoder: str = ENCODER) -> Snapshot:
     """Commit a stand-in index over all segments of an encoder."""
-    covers = [segment.path for segment in repository.snapshot().segments(encoder)]
+    ranges = row_ranges([segment.row_ids for segment in repository.snapshot().segments(encoder)])
     with repository.transaction("index") as transaction:
         path = transaction.stage("index")
         (path / "index.json").write_text(json.dumps({"recipe": {"factory": "Flat"}, "recall_at_10": 1.0}))
         (path / "index.faiss").write_bytes(bytes(256))
-        artefact = transaction.add("index", path, encoder=encoder, covers=covers)
+        artefact = transaction.add("index", path, encoder=encoder, covers=[list(ends) for ends in ranges])
         return transaction.commit(lambda head: Proposal([artefact]))
+
+
+def orphans(repository: Repository) -> set[str]:
+    """What is in the store and belongs to nobody; the empty files of its own locks do not count."""
+    storage = repository.storage
+    named = {artefact.path for number in listed(storage) for artefact in load(storage, number).artefacts}
+    folders = [*files.FOLDERS.values(), files.INTENTS, files.LEASES, files.TMP]
+    found = {f"{folder}/{entry.name}" for folder in folders for entry in (repository.path / folder).iterdir()}
+    return found - named - {f"{files.TMP}/{name}.lock" for name in ("collect", "publish", "repair")}
 
 
 def whole_store(path: Path) -> Repository:
@@ -176,3 +227,19 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return output
+
+
+def forge(repository: Repository, change: Callable[[Artefact], Artefact | None], **fields: Any) -> None:
+    """Publish a generation in which every artefact of the newest is what `change` makes of it (None: left out)."""
+    head = repository.snapshot().manifest
+    made = tuple(new for artefact in head.artefacts if (new := change(artefact)) is not None)
+    forged = replace(head, generation=head.generation + 1, parent=None, artefacts=made, **fields)
+    repository.storage.publish(manifest_name(forged.generation), forged.to_bytes())
+
+
+def flip(path: Path, at: int = -2) -> None:
+    """Flip one bit of a file, or of the first file of a folder."""
+    file = path if path.is_file() else min(found for found in path.rglob("*") if found.is_file())
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)

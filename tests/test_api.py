@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cohorts import COPIES, Cohort, add_random_encoder, tiny_scan
 from store_builders import finish, start
@@ -94,8 +95,9 @@ def test_two_processes_adding_at_once_both_land(tmp_path: Path):
 def test_points_are_three_finite_numbers(cohort: Cohort):
     store = isi.open(cohort.store)
     for wrong in ((1, 2), (1, 2, 3, 4), (1, 2, float("nan")), ("a", 2, 3), 5, (1, 2, None)):
-        with pytest.raises(UsageError, match="three finite numbers"):
+        with pytest.raises(UsageError, match="three finite numbers") as caught:
             store.lookup(wrong, COPIES[0].stem)
+        assert caught.value.next_step
     assert len(store.lookup(["10", 20, 30], COPIES[0].stem, k=1)) == 1
 
 
@@ -149,3 +151,15 @@ def test_random_encoder_ids_follow_their_weights(tmp_path: Path):
     isi.create(tmp_path / "b")
     assert add_random_encoder(tmp_path / "a") == add_random_encoder(tmp_path / "b", name="renamed")
     assert add_random_encoder(tmp_path / "a", seed=1) != add_random_encoder(tmp_path / "b")
+
+
+def test_embeddings_come_scan_by_scan_with_their_patch_ids(cohort: Cohort) -> None:
+    with isi.open(cohort.store, mode="r") as store:
+        every = list(store.embeddings())
+        assert len(every) == len(store.snapshot.segments())
+        ids = np.concatenate([row_ids for row_ids, _ in every])
+        assert sorted(ids) == store.sql("SELECT patch FROM patches ORDER BY patch").column("patch").to_pylist()
+        some = list(store.embeddings("scan = 'sub-02_T1w' AND i < 4", output="embedding"))
+        assert [vectors.shape[1] for _, vectors in some] == [8]
+        kept = store.sql("SELECT patch FROM patches WHERE scan = 'sub-02_T1w' AND i < 4 ORDER BY patch")
+        assert some[0][0].tolist() == kept.column("patch").to_pylist()

@@ -24,7 +24,7 @@ def load(which: str, name: str) -> Any:
     return json.loads(EXAMPLES.joinpath(which, name).read_text())
 
 
-@pytest.mark.parametrize("name", ["format", "manifest", "card", "artefact"])
+@pytest.mark.parametrize("name", ["format", "manifest", "card", "tag", "artefact"])
 def test_the_schemas_are_json_schemas(name: contracts.SchemaName) -> None:
     jsonschema.Draft202012Validator.check_schema(contracts.schema(name))
 
@@ -43,10 +43,10 @@ def test_invalid_examples_are_refused(name: str) -> None:
 
 def test_every_kind_of_document_has_examples() -> None:
     for which in ("valid", "invalid"):
-        assert {name.split(".")[0] for name in examples(which)} == {"format", "manifest", "card"}
+        assert {name.split(".")[0] for name in examples(which)} == {"format", "manifest", "card", "tag"}
 
 
-@pytest.mark.parametrize("table", ["scans", "subjects", "labels", "patches", "charts"])
+@pytest.mark.parametrize("table", ["scans", "subjects", "labels", "patches", "charts", "tombstones"])
 def test_columns_are_described_and_lengths_have_units(table: contracts.TableName) -> None:
     for field in contracts.arrow_schema(table):
         assert field.metadata[b"description"]
@@ -65,8 +65,8 @@ def test_a_newer_format_is_incompatible() -> None:
 
 
 def test_an_unknown_feature_is_incompatible() -> None:
-    with pytest.raises(Incompatible, match="tombstones"):
-        contracts.check_version({"format_version": 1, "features": ["tombstones"]})
+    with pytest.raises(Incompatible, match="time-machine"):
+        contracts.check_version({"format_version": 1, "features": ["tombstones", "time-machine"]})
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, -3])

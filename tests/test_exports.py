@@ -31,7 +31,20 @@ SIGNATURES = {
     "info": "",
     "evaluate": "encoder=None, where=None, label_where=None, pairs=60, seed=0, progress=None",
     "plot": "figure, out, encoder=None, point=None, scan=None, space='ras', k=3, where=None, seed=0",
+    "export": "out, layout='parquet', where=None, encoder=None, voxels=False, vectors=False, progress=None",
+    "import_": "path, card=None, space='ras', scans=None, progress=None",
+    "embeddings": "where=None, encoder=None, output=None",
+    "delete": "where, what='scans', dry_run=False",
+    "delete_encoder": "encoder, dry_run=False",
+    "purge": "subject, progress=None",
+    "compact": "progress=None",
+    "gc": "keep=10, dry_run=False",
+    "tag": "name, generation=None",
+    "untag": "name",
+    "tags": "",
+    "restore": "generation=None, tag=None",
     "refresh": "",
+    "close": "",
 }
 PROPERTIES = {"path", "generation", "snapshot"}
 
@@ -42,7 +55,7 @@ def signature(function) -> str:
 
 
 def test_exported_names():
-    names = ["EncoderCard", "IsimedError", "Matches", "PatchGrid", "Scan", "Store", "create", "open"]
+    names = ["EncoderCard", "IsimedError", "Matches", "PatchGrid", "Scan", "Store", "check", "create", "open", "repair"]
     assert isimed_index.__all__ == names
     assert dir(isimed_index) == sorted([*names, "__version__"])
     for name in names:
@@ -52,7 +65,9 @@ def test_exported_names():
 
 
 def test_open_and_create():
-    assert signature(isimed_index.open) == "path, mode='a', generation=None"
+    assert signature(isimed_index.open) == "path, mode='a', generation=None, tag=None"
+    assert signature(isimed_index.check) == "path, read=0.0, progress=None"
+    assert signature(isimed_index.repair) == "path, progress=None"
     assert signature(isimed_index.create) == "path"
 
 
@@ -94,4 +109,4 @@ def test_a_query_of_a_stored_scan_loads_neither_torch_nor_monai(cohort: Cohort, 
         "assert code == 0, code"
     )
     assert not loaded & {"torch", "monai", "dask", "distributed", "matplotlib"}
-    assert "duckdb" in loaded
+    assert "duckdb" not in loaded  # SQL has a process of its own

@@ -202,3 +202,21 @@ def test_a_missing_index_costs_time_only(store: Store):
         store.index()
     store.refresh()
     assert store.search_patches([10, 20, 30], COPIES[0].stem).columns == whole
+
+
+def test_a_scan_that_takes_the_id_of_a_deleted_one_does_not_inherit_its_chart(tmp_path: Path) -> None:
+    store = isi.create(tmp_path / "c")
+    store.add([write_copy(tmp_path / "images", copy, head()) for copy in COPIES[1:4]])
+    add_random_encoder(store.path)
+    store.index()
+
+    def means(column: str) -> list[float]:
+        query = f"SELECT avg({column}) AS mean FROM patches WHERE scan IN ('sub-02_T1w', 'sub-03_T1w') GROUP BY scan"
+        return sorted(store.sql(query).column("mean").to_pylist(), key=abs)
+
+    before = np.diff(means("cx_mm"))
+    store.delete("scan = 'sub-03_T1w'")
+    store.add(write_copy(tmp_path / "other", Copy("sub-03_T1w", "RAS", rigid(shift=(200, 0, 0))), head()))
+    store.index()
+    assert abs(np.diff(means("x_mm"))) > 100  # it lies elsewhere in patient space,
+    assert abs(np.diff(means("cx_mm")) - before) < 10  # and at the same place of the canonical frame

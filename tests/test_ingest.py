@@ -191,9 +191,10 @@ class TestLabels:
         write_nifti(tmp_path / "a.nii.gz", rng.integers(0, 99, labels.shape).astype(np.int16), affine, codes)
         seg = write_nifti(tmp_path / "a_seg.nii.gz", labels, affine, codes)
         names = table(tmp_path / "names.tsv", "index\tname\n3\tliver\n")
-        store.add(tmp_path / "a.nii.gz", labels="{stem}_seg.nii.gz", label_names=names)
+        report = store.add(tmp_path / "a.nii.gz", labels="{stem}_seg.nii.gz", label_names=names)
         rows = {row["label"]: row for row in store.sql("SELECT * FROM labels").to_pylist()}
         assert {label: row["name"] for label, row in rows.items()} == {3: "liver", 5: None}
+        assert report.unnamed == [5]
         image = nib.load(seg)
         for label, row in rows.items():
             where = np.argwhere(np.asarray(image.dataobj) == label)

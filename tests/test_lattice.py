@@ -29,6 +29,7 @@ from isimed_index.lattice import (
 from isimed_index.space import Affine, apply_affine
 from isimed_index.store.files import tree_digest
 from isimed_index.store.manifest import Artefact
+from isimed_index.store.place.storage import LocalStorage
 from isimed_index.store.segment import Segment, write_segment
 
 OBLIQUE = np.array([[3.8, -0.6, 0.2, -80.0], [0.8, 3.9, -0.4, 24.0], [0.0, 0.6, 4.1, 14.0], [0.0, 0.0, 0.0, 1.0]])
@@ -189,7 +190,7 @@ def segment(root: Path, mangle: str | None = None, ijk: np.ndarray | None = None
         (directory / FILE).write_text(mangle)
     digest = tree_digest(directory)
     sealed = Artefact("segment", "segments/one", digest.bytes, digest.files, digest.sha256, fields)
-    return Segment(root, sealed)
+    return Segment(LocalStorage(root), sealed, {"first_row_id": 0})
 
 
 def test_a_lattice_index_maps_to_the_patchs_centre() -> None:
@@ -214,9 +215,11 @@ def test_the_scans_geometry_is_read_without_the_scan(tmp_path: Path) -> None:
     assert found.shape == SCAN.shape
     np.testing.assert_array_equal(found.affine, OBLIQUE)
     np.testing.assert_array_equal(found.source_affine, SCAN.source_affine)
-    low, high = found.bounds_mm()
-    assert found.holds((low + high) / 2)
-    assert not found.holds(low - 100)
+    corners = found.corners_mm()
+    assert corners.shape == (8, 3)
+    assert found.holds(corners.mean(axis=0))
+    assert all(found.holds(corner) for corner in corners)
+    assert not found.holds(corners.min(axis=0) - 100)
 
 
 def test_a_segment_without_the_scans_geometry_is_damage(tmp_path: Path) -> None:

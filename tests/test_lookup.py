@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -38,15 +39,53 @@ def test_the_same_anatomy_is_found_in_every_axis_order_and_pose(store: Store, so
             np.testing.assert_allclose(xyz_mm, BY_SCAN[scan].moved(point), atol=1.0)
 
 
-def test_a_file_gives_the_answer_of_its_stored_copy(store: Store, cohort: Cohort):
-    for copy in (COPIES[2], COPIES[4]):
-        stored = store.lookup(copy.moved(POINTS[0]), copy.stem)
-        asked = store.lookup(copy.moved(POINTS[0]), cohort.file(copy))
-        assert set(asked.columns["scan"]) == {copy.stem, *stored.columns["scan"]}
-        from_file, from_store = places(asked), places(stored)
-        for scan, xyz_mm in from_store.items():
-            np.testing.assert_allclose(from_file[scan], xyz_mm, atol=0.2)
-        np.testing.assert_allclose(from_file[copy.stem], copy.moved(POINTS[0]), atol=0.2)
+def unencodable(*_: object, **__: object) -> None:
+    raise AssertionError("the file was encoded, though its content is stored")
+
+
+@pytest.mark.parametrize("same_subject", ["include", "exclude", "only"])
+def test_a_file_gives_the_answer_of_its_stored_copy(
+    store: Store, cohort: Cohort, same_subject: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("isimed_index.encoders.runtime.load_encoder", unencodable)
+    for copy in (COPIES[0], COPIES[4]):
+        stored = store.lookup(copy.moved(POINTS[0]), copy.stem, same_subject=same_subject)
+        asked = store.lookup(copy.moved(POINTS[0]), cohort.file(copy), same_subject=same_subject)
+        assert asked.columns == stored.columns
+        assert copy.stem not in asked.columns["scan"]
+        assert asked.source == stored.source == copy.stem
+
+
+def test_a_copy_in_another_axis_order_is_recognised_and_its_voxels_are_its_own(
+    store: Store, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("isimed_index.encoders.runtime.load_encoder", unencodable)
+    image = nib.load(cohort.file(COPIES[0]))
+    turned = write_nifti(tmp_path / "turned.nii.gz", np.asanyarray(image.dataobj), image.affine, "PIR")
+    voxel = apply_affine(inverse(nib.load(turned).affine), POINTS[0])
+    asked = store.lookup(voxel, turned, space="voxel")
+    assert asked.source == ASKED
+    assert places(asked).keys() == places(store.lookup(POINTS[0], ASKED)).keys()
+    for scan, xyz_mm in places(store.lookup(POINTS[0], ASKED)).items():
+        np.testing.assert_allclose(places(asked)[scan], xyz_mm, atol=1e-3)
+
+
+def test_a_stored_copy_that_is_not_encoded_lends_its_subject(cohort: Cohort, tmp_path: Path):
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(copy) for copy in COPIES])
+    add_random_encoder(store.path)
+    store.index(where=f"scan <> '{ASKED}'")
+    asked = store.lookup(POINTS[0], cohort.file(COPIES[0]), same_subject="only")
+    assert (asked.source, asked.columns["scan"]) == (ASKED, [COPIES[1].stem])
+    np.testing.assert_allclose(asked[0].xyz_mm, COPIES[1].moved(POINTS[0]), atol=1.0)
+
+
+@pytest.mark.parametrize("ask", ["lookup", "search_patches"])
+def test_an_unknown_file_has_no_subject(store: Store, cohort: Cohort, ask: str):
+    assert store.lookup([11.0, 0.0, 0.0], cohort.outside).source is None
+    with pytest.raises(UsageError, match="subject") as caught:
+        getattr(store, ask)([11.0, 0.0, 0.0], cohort.outside, same_subject="only")
+    assert caught.value.next_step
 
 
 def test_a_file_that_was_never_stored(store: Store, cohort: Cohort):
@@ -89,7 +128,10 @@ def test_answers_agree_in_every_space_and_voxels_are_the_files_own(store: Store,
             apply_affine(charts[match.scan].affine, xyz_mm),
             atol=1e-6,
         )
-    assert {"x", "y", "z"}.isdisjoint(answers["ras"].columns)
+    assert {"x", "y", "z", "space"}.isdisjoint(answers["ras"].columns)
+    for space in ("lps", "voxel", "canonical"):
+        assert list(answers[space].columns)[:7] == ["scan", "subject", "x", "y", "z", "space", "x_mm"]
+        assert set(answers[space].columns["space"]) == {space}
 
 
 def test_the_value_at_the_matched_voxel_of_each_file_is_the_same_anatomy(store: Store, cohort: Cohort):
@@ -163,7 +205,7 @@ def test_the_label_at_the_match(store: Store):
         return set(store.lookup(point, ASKED).columns["label"])
 
     assert labels([10.0, -10.0, 40.0]) == {"white matter"}
-    assert labels([25.0, 6.0, 5.0]) == {"8"}  # a label without a name
+    assert labels([25.0, 6.0, 5.0]) == {"label 8"}  # a label without a name
 
 
 def test_points_outside_of_the_scan(store: Store):
@@ -171,6 +213,15 @@ def test_points_outside_of_the_scan(store: Store):
         store.lookup([500.0, 0.0, 0.0], ASKED)
     with pytest.raises(OutsideScan):
         store.lookup([-1.0, 5.0, 5.0], ASKED, space="voxel")
+    size = np.array(head().values.shape)
+    spans = "spans (0.0, 0.0, 0.0) to (" + ", ".join(f"{n:.1f}" for n in size - 1) + ")"
+    said = f"the point (-1.0, 5.0, 5.0) (voxel) lies outside the scan, which {spans}; in RAS mm it is"
+    with pytest.raises(OutsideScan, match=re.escape(said)):
+        store.lookup([-1.0, 5.0, 5.0], ASKED, space="voxel")
+    with pytest.raises(OutsideScan, match=r"\(500.0, 0.0, 0.0\) \(LPS mm\).*in RAS mm it is \(-500.0, 0.0, 0.0\)"):
+        store.lookup([500.0, 0.0, 0.0], ASKED, space="lps")
+    with pytest.raises(OutsideScan, match=r"\(canonical mm\).*in RAS mm"):
+        store.lookup([900.0, 0.0, 0.0], ASKED, space="canonical")
     last = np.array(head().values.shape) - 1
     assert len(store.lookup(last + 0.4, ASKED, space="voxel")) == 4  # the outer half of the last voxel
     with pytest.raises(OutsideScan):
@@ -204,7 +255,7 @@ class TestMatches:
         types = {field.name: str(field.type) for field in table.schema}
         assert types["x_mm"] == types["error_mm"] == types["cycle_mm"] == types["x"] == "double"
         assert types["voxel"] == "fixed_size_list<item: double>[3]"
-        assert (types["in_view"], types["label"]) == ("bool", "string")
+        assert (types["in_view"], types["label"], types["space"]) == ("bool", "string", "string")
 
 
 class TestPatches:
@@ -244,6 +295,7 @@ class TestPatches:
         for match in store.search_patches(cohort.voxel_of(COPIES[0], POINTS[1]), ASKED, space="voxel", k=5):
             in_file = cohort.voxel_of(BY_SCAN[match.scan], match.xyz_mm)
             np.testing.assert_allclose([match.x, match.y, match.z], in_file, atol=1e-6)
+            assert match.space == "voxel"
 
     def test_no_cycle(self, store: Store):
         with pytest.raises(UsageError):
@@ -308,3 +360,7 @@ def test_voxels_are_those_of_the_file_also_where_it_was_resampled(tmp_path: Path
     as_ras = store.lookup(tuple(map(float, at)), "a", space="ras", same_subject="include")
     np.testing.assert_allclose(asked[0].xyz_mm, as_ras[0].xyz_mm, atol=1e-6)
     np.testing.assert_allclose(nib.affines.apply_affine(file.affine, asked[0].voxel), asked[0].xyz_mm, atol=0.05)
+    # Its file is recognised although other voxels are stored; those of the file are meant.
+    from_file = store.lookup(tuple(map(float, voxel)), tmp_path / "a.nii", space="voxel", same_subject="include")
+    assert from_file.source == "a"
+    assert from_file.columns == asked.columns

@@ -83,8 +83,8 @@ def test_a_command_that_a_message_names_exists(line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("isimed check", ["check"]),
-        ("damaged. Next: isimed check", ["check"]),
+        ("isimed mend", ["mend"]),
+        ("damaged. Next: isimed mend", ["mend"]),
         ("isimed ls --encoders", ["--encoders"]),
         ("isimed ls encodings", ["encodings"]),
         ("run isimed index again, or isimed bogus", ["bogus"]),

@@ -64,6 +64,11 @@ def add(
             progress=progress,
             surrogate_key=surrogate_key,
         )
+    if done.unnamed:
+        session.note(
+            f"{len(done.unnamed)} labels have no name and go by their numbers. Next: give --label-names FILE; "
+            "a stored scan keeps its labels as they are, so add it to a new store"
+        )
     groups = added_groups(done)
     try:
         write_report(report, groups, done.refused)

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,7 +45,14 @@ class Format(StrEnum):
 
 
 StoreOption = Annotated[
-    Path, typer.Option("--store", "-s", metavar="DIR", envvar="ISIMED_STORE", help="Directory of the store.")
+    str,
+    typer.Option(
+        "--store",
+        "-s",
+        metavar="DIR",
+        envvar="ISIMED_STORE",
+        help="Directory of the store, or s3://BUCKET/PREFIX.",
+    ),
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", envvar="ISIMED_QUIET", help="Only results and errors: no notes, no progress.")
@@ -74,7 +81,14 @@ def writable(path: Path | None) -> Path | None:
 
 
 FormatOption = Annotated[
-    Format, typer.Option("--format", "-f", envvar="ISIMED_FORMAT", help="How to write rows.", case_sensitive=False)
+    Format | None,
+    typer.Option(
+        "--format",
+        "-f",
+        envvar="ISIMED_FORMAT",
+        help="How to write rows; as a table by default.",
+        case_sensitive=False,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", envvar="ISIMED_JSON", help="Short for --format json.")]
 OutOption = Annotated[
@@ -84,7 +98,7 @@ OutOption = Annotated[
         "-o",
         metavar="FILE",
         callback=writable,
-        help="Write rows here; its suffix names the format unless --format does.",
+        help="Write rows here: .csv, .json, .ndjson, .jsonl, .arrow or .parquet, or any name with --format.",
     ),
 ]
 
@@ -94,12 +108,15 @@ _EVERYWHERE: dict[str, tuple[Any, Any]] = {
     "no_progress": (NoProgressOption, False),
     "debug": (DebugOption, False),
 }
-_STORE: dict[str, tuple[Any, Any]] = {"store": (StoreOption, Path("cohort.isimed"))}
-_ROWS: dict[str, tuple[Any, Any]] = {"output_format": (FormatOption, Format.TABLE), "as_json": (JsonOption, False)}
+_STORE: dict[str, tuple[Any, Any]] = {"store": (StoreOption, "cohort.isimed")}
+_ROWS: dict[str, tuple[Any, Any]] = {"output_format": (FormatOption, None), "as_json": (JsonOption, False)}
 _OUT: dict[str, tuple[Any, Any]] = {"out": (OutOption, None)}
 
+_NAME_A_STORE = "name a store by -s DIR or ISIMED_STORE (default ./cohort.isimed), or make one: isimed add -s DIR PATH"
+
+_UPKEEP = ("tag", "restore", "delete", "purge", "compact", "gc", "check", "repair", "export", "import", "doctor")
 # The order of `isimed --help`: the path of a working session; a command that is not named here comes last.
-ORDER = ("add", "pretrain", "index", "query", "sql", "evaluate", "plot", "info", "ls", "log", "demo")
+ORDER = ("add", "pretrain", "index", "query", "sql", "evaluate", "plot", "info", "ls", "log", *_UPKEEP, "demo")
 
 
 class InOrder(TyperGroup):
@@ -145,7 +162,7 @@ def top(
 class Session:
     """What one run of a command was told by the options that commands share."""
 
-    store: Path = Path("cohort.isimed")
+    store: str = "cohort.isimed"  # a directory, or s3://BUCKET/PREFIX
     format: Format = Format.TABLE
     out: Path | None = None
     quiet: bool = False
@@ -156,8 +173,12 @@ class Session:
     def open(self, mode: Literal["r", "a"] = "r") -> Store:
         """Open the store; `StoreNotFound` (exit 10) when there is none."""
         import isimed_index
+        from isimed_index.errors import StoreNotFound
 
-        return isimed_index.open(self.store, mode=mode)
+        try:
+            return isimed_index.open(self.store, mode=mode)
+        except StoreNotFound as error:
+            raise StoreNotFound(error.message, next_step=_NAME_A_STORE) from None
 
     def open_or_create(self) -> Store:
         """Open the store for writing, making a new one where there is none yet."""
@@ -228,16 +249,19 @@ def command(
 
 def _run(function: Callable[..., None], shared: dict[str, Any], own: dict[str, Any]) -> None:
     """Build the session, call the command, and turn what goes wrong into one line and an exit code."""
-    from isimed_cli.render import check_format
+    from isimed_cli.render import resolve_format
     from isimed_index.errors import IsimedError
 
     takes_out = "out" in shared
-    as_json, chosen = shared.pop("as_json", False), shared.pop("output_format", Format.TABLE)
-    session = Session(format=Format.JSON if as_json else chosen, **shared)
+    as_json, chosen = shared.pop("as_json", False), shared.pop("output_format", None)
+    session = Session(**shared)
     try:
+        asked = Format.JSON if as_json else chosen
+        session = replace(session, format=resolve_format(asked, session.out, takes_out=takes_out))
         with _messages(session):
-            check_format(session.format, session.out, takes_out=takes_out)
             function(session, **own)
+        if session.out is not None:
+            session.note(f"wrote {session.out}")
     except IsimedError as error:
         _fail(session, error.line(), error.exit_code)
     except KeyboardInterrupt:

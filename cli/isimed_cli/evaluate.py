@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isimed_cli.app import Session, command
+from isimed_cli.app import Format, Session, command
 from isimed_cli.options import EncoderOption, SeedOption, WhereOption
 
 
@@ -24,7 +24,10 @@ def evaluate(
 ) -> None:
     """Measure the error in mm on labelled anatomy.
 
-    At label centroids, for the lookup and for guesses that need no learning.
+    At label centroids, for the lookup and for guesses that need no learning. One row a predictor: pairs of scans
+    compared, landmarks (centroids of labels that both scans of a pair have), their errors, and hit_at_1, the share
+    of answers whose nearest voxel carries the landmark's label. --out gets one row a landmark: source, target,
+    label, name, and each predictor's error.
     """
     from isimed_cli.render import show_table
 
@@ -33,4 +36,8 @@ def evaluate(
         evaluation = store.evaluate(
             encoder=encoder, where=where, label_where=label_where, pairs=pairs, seed=seed, progress=progress
         )
-    show_table(evaluation.to_arrow(), session.format, session.out)
+    if session.out is None:
+        show_table(evaluation.to_arrow(), session.format)
+    else:
+        show_table(evaluation.landmarks_to_arrow(), session.format, session.out)
+        show_table(evaluation.to_arrow(), Format.TABLE)

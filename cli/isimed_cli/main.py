@@ -6,15 +6,27 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
-from isimed_cli import add, demo, evaluate, index, plot, pretrain, query, sql, store
+from isimed_cli import add, change, check, demo, doctor, evaluate, exchange, index, plot, pretrain, query, sql, store
 from isimed_cli.app import INTERRUPTED, app
 
 __all__ = ["app", "main"]
 
-COMMANDS = (add, pretrain, index, query, sql, store, evaluate, plot, demo)  # importing a module registers its commands
+# Importing a module registers its commands.
+COMMANDS = (add, pretrain, index, query, sql, store, evaluate, plot, change, check, exchange, doctor, demo)
+
+# By kind of a validator's error: what was expected, and what was found.
+_EXPECTED = {
+    "int_parsing": "a whole number, found {found!r}",
+    "int_from_float": "a whole number, found {found!r}",
+    "float_parsing": "a number, found {found!r}",
+    "bool_parsing": "true or false, found {found!r}",
+    "greater_than_equal": "{ge:g} or more, found {found}",
+    "less_than_equal": "at most {le:g}, found {found}",
+}
 
 # Click's own usage error, wherever this version of typer keeps click.
 _Usage: type[Exception] = typer.BadParameter.__mro__[1]
@@ -54,9 +66,23 @@ def _usage_line(error: BaseException) -> str:
     """A usage error as one line that names the command whose help to read."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "isimed"
-    message = " ".join(getattr(error, "format_message", error.__str__)().split())
+    message = " ".join(_in_our_words(error, getattr(error, "format_message", error.__str__)()).split())
     ending = "" if message.endswith((".", "?", "!")) else "."
     return f"error[usage]: {message}{ending} Next: {path} --help"
+
+
+def _in_our_words(error: BaseException, message: str) -> str:
+    """The message with what was expected and what was found in place of the validator's own words."""
+    details: list[dict[str, Any]] = getattr(
+        error.__cause__, "errors", list
+    )()  # of pydantic, which typer checks values with
+    if not details:
+        return message
+    fault = details[0]
+    expected = _EXPECTED.get(fault["type"])
+    if expected is None:
+        return message.replace("Value error, ", "")
+    return message.replace(fault["msg"], "expected " + expected.format(found=fault["input"], **fault.get("ctx", {})))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ PointOption = Annotated[
     Any,
     typer.Option("--point", metavar="X,Y,Z", parser=parse_point, help="The point, in the space given by --space."),
 ]
-SpaceOption = Annotated[Space, typer.Option("--space", help="Coordinates of --point and of the answers x, y, z.")]
+SpaceOption = Annotated[
+    Space,
+    typer.Option("--space", help="Coordinates of --point and of the answers' x, y, z; x_mm, y_mm, z_mm stay RAS."),
+]
 ScanOption = Annotated[
     Any,
     typer.Option("--scan", metavar="ID|FILE", parser=scan_or_file, help="A scan of the store, or a volume file."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +36,9 @@ def query(
     """Find a point of one scan in all the others.
 
     One best match per scan, ranked; with --patches the nearest patches, several of which may be in one scan.
+    x_mm, y_mm, z_mm are RAS+ mm whatever --space is; with another --space, the columns x, y, z hold the answer in it,
+    and the column space names it. A label without a name reads 'label 87'. A file that is in the store already, by
+    content, is asked as its stored copy.
     """
     from isimed_cli.render import show_table
 
@@ -52,8 +57,22 @@ def query(
         encoder=encoder,
     )
     table = matches.to_arrow()
-    if not table.num_rows and same_subject is SameSubject.EXCLUDE:
-        limits = [f"a wider {name}" for name, value in (("--where", where), ("--within", within)) if value is not None]
-        steps = ", ".join(["--same-subject include", *limits])
-        session.note(f"no scan of another subject is left to answer. Next: {steps}, or index more scans")
+    if isinstance(scan, Path) and matches.source is not None:
+        session.note(f"{scan.name} is in the store as {matches.source}: its stored copy is asked")
+    if not table.num_rows:
+        limits = [name for name, value in (("--where", where), ("--within", within)) if value is not None]
+        session.note(nothing_found(same_subject, limits))
     show_table(table, session.format, session.out)
+
+
+def nothing_found(same_subject: SameSubject, limits: Sequence[str]) -> str:
+    """Why nothing answers and what to do: the limits that were set come first, then the choice of subjects."""
+    who = {
+        SameSubject.INCLUDE: "no other scan",
+        SameSubject.EXCLUDE: "no scan of another subject",
+        SameSubject.ONLY: "no other scan of this subject",
+    }[same_subject]
+    if limits:
+        return f"{who} meets {' and '.join(limits)}. Next: widen {' or '.join(limits)}"
+    step = "" if same_subject is SameSubject.INCLUDE else "--same-subject include, or "
+    return f"{who} is indexed. Next: {step}isimed index with more scans"

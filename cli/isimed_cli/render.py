@@ -25,39 +25,44 @@ _SUFFIXES = {
     ".ndjson": Format.NDJSON,
     ".jsonl": Format.NDJSON,
     ".csv": Format.CSV,
-    ".txt": Format.TABLE,
     ".arrow": Format.ARROW,
     ".parquet": Format.PARQUET,
 }
 
 
-def check_format(output_format: Format, out: Path | None, *, takes_out: bool) -> None:
-    """`UsageError` when rows cannot be written as asked; a command that has no --out never writes binary formats."""
-    if out is not None:
-        _format_of(out, output_format)
-    elif output_format in (Format.ARROW, Format.PARQUET):
+def resolve_format(asked: Format | None, out: Path | None, *, takes_out: bool) -> Format:
+    """The format asked for, else the one that the suffix of `out` names, else a table.
+
+    `UsageError` when the suffix names none, or a binary format has no file; a command without --out never has one.
+    """
+    if out is None and asked in (Format.ARROW, Format.PARQUET):
         raise UsageError(
-            f"{output_format} is a binary format and needs a file",
+            f"{asked} is a binary format and needs a file",
             next_step="add --out FILE" if takes_out else "leave out --format, or choose json, ndjson or csv",
         )
+    if asked is not None or out is None:
+        return asked or Format.TABLE
+    if out.suffix not in _SUFFIXES:
+        raise UsageError(
+            f"expected --out with one of {', '.join(_SUFFIXES)}, found {out.name!r}", next_step="add --format"
+        )
+    return _SUFFIXES[out.suffix]
 
 
 def show_table(table: pa.Table, output_format: Format, out: Path | None = None) -> None:
-    """Write an Arrow table to stdout, or to `out` in the format asked for or named by its suffix."""
+    """Write an Arrow table to stdout, or to `out`."""
     if out is None:
         show_columns(table.to_pydict(), output_format)
-        return
-    chosen = _format_of(out, output_format)
-    if chosen is Format.PARQUET:
+    elif output_format is Format.PARQUET:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(table, out)
-    elif chosen is Format.ARROW:
+    elif output_format is Format.ARROW:
         import pyarrow.feather
 
         pyarrow.feather.write_feather(table, str(out), compression="zstd")
     else:
-        out.write_text(as_text(table.to_pydict(), chosen), encoding="utf-8")
+        out.write_text(as_text(table.to_pydict(), output_format), encoding="utf-8")
 
 
 def show_columns(columns: Columns, output_format: Format) -> None:
@@ -95,17 +100,6 @@ def as_text(columns: Columns, output_format: Format) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON in which NaN and infinity are null, dates are ISO 8601 and arrays are lists."""
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _format_of(out: Path, asked: Format) -> Format:
-    """The format asked for, or the one that the file's suffix names when none was."""
-    if asked is not Format.TABLE:
-        return asked
-    if out.suffix not in _SUFFIXES:
-        raise UsageError(
-            f"expected --out with one of {', '.join(_SUFFIXES)}, found {out.name!r}", next_step="add --format"
-        )
-    return _SUFFIXES[out.suffix]
 
 
 def _records(columns: Columns) -> Iterator[dict[str, Any]]:

@@ -84,8 +84,20 @@ class EncoderCard:
     def from_json(cls, fields: Mapping[str, Any]) -> EncoderCard:
         """Read a card; `EncoderMismatch` when it lacks something or its id is not the hash of its content."""
         validate("card", fields, EncoderMismatch)
+        card = cls.described(fields)
+        if card.id != fields["id"]:
+            raise EncoderMismatch(
+                f"the encoder card says id {fields['id']}, its content hashes to {card.id}",
+                next_step="restore the card as it was written; cards are not edited by hand",
+            )
+        return card
+
+    @classmethod
+    def described(cls, fields: Mapping[str, Any]) -> EncoderCard:
+        """The card that JSON fields describe, whatever id they say; `EncoderMismatch` when one of them is missing."""
+        validate("card", {"id": "unknown", **fields}, EncoderMismatch)
         try:
-            card = cls(
+            return cls(
                 name=fields["name"],
                 factory=fields["factory"],
                 network=fields["network"],
@@ -103,12 +115,6 @@ class EncoderCard:
             raise EncoderMismatch(
                 f"the encoder card of {fields['name']!r} lacks what this version needs: {error}"
             ) from error
-        if card.id != fields["id"]:
-            raise EncoderMismatch(
-                f"the encoder card says id {fields['id']}, its content hashes to {card.id}",
-                next_step="restore the card as it was written; cards are not edited by hand",
-            )
-        return card
 
 
 def read_card(directory: Path) -> EncoderCard:

@@ -119,6 +119,11 @@ def load_encoder(directory: Path, device: str = "auto") -> TorchEncoder:
     `StoreDamaged` when a file is missing or cut off, `EncoderMismatch` when the weights do not match card or network.
     """
     card = read_card(directory)
+    if card.weights_sha256 is None:
+        raise EncoderMismatch(
+            f"encoder {card.name!r} is known by its embeddings only and cannot encode",
+            next_step="import the embeddings of these scans too, or choose scans that have them by --where",
+        )
     try:
         data = (directory / WEIGHTS).read_bytes()
         state = load_tensors(data)

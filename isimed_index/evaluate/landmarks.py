@@ -25,27 +25,39 @@ if TYPE_CHECKING:
 MIN_VOXELS = 20  # a label with fewer has no trustworthy centroid
 PREDICTORS = ("same world point", "foreground centroid", "chart", "lookup")
 _COLUMNS = ("predictor", "pairs", "landmarks", "mean_mm", "median_mm", "p95_mm", "hit_at_1")
+_LANDMARK_COLUMNS = ("source", "target", "label", "name")
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Landmark errors, one row per predictor; columns of equal length."""
+    """Landmark errors: `columns` with one row per predictor, `landmarks` with one per landmark of a pair.
+
+    The latter say the pair (`source`, `target`), the `label` and its `name`, and each predictor's error in mm.
+    """
 
     columns: dict[str, list[Any]]
+    landmarks: dict[str, list[Any]]
 
     def to_arrow(self) -> pa.Table:
-        """The errors as an Arrow table."""
+        """The summary as an Arrow table."""
         import pyarrow as pa
 
         return pa.table(self.columns)
 
+    def landmarks_to_arrow(self) -> pa.Table:
+        """The error at every landmark as an Arrow table."""
+        import pyarrow as pa
+
+        return pa.table({**self.landmarks, "name": pa.array(self.landmarks["name"], pa.string())})
+
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """A labelled scan: its landmarks {label: (3,) RAS mm}, foreground centroid and label map."""
+    """A labelled scan: its landmarks {label: (3,) RAS mm} and their names, foreground centroid and label map."""
 
     scan: str
     landmarks: dict[int, NDArray[np.float64]]
+    names: dict[int, str | None]
     centroid_mm: NDArray[np.float64]
     labels: NDArray[Any]
     affine: Affine
@@ -76,11 +88,13 @@ def landmark_errors(
     chosen = _pairs(lookup, list(heads), pairs, seed)
     errors: dict[str, list[float]] = {name: [] for name in PREDICTORS}
     hits: dict[str, list[bool]] = {name: [] for name in PREDICTORS}
+    asked: list[tuple[str, str, int, str | None]] = []
     progress.start("evaluate", len(chosen), "pairs")
     for a, b in chosen:
         source, target = heads[a], heads[b]
         predict = _predictors(lookup, source, target)
-        for label in source.landmarks.keys() & target.landmarks.keys():
+        for label in sorted(source.landmarks.keys() & target.landmarks.keys()):
+            asked.append((a, b, label, source.names[label]))
             for name, answer in predict.items():
                 found = answer(source.landmarks[label])
                 errors[name].append(float(np.linalg.norm(found - target.landmarks[label])))
@@ -93,7 +107,13 @@ def landmark_errors(
         (name, len(chosen), len(e), *(float(f(e)) for f in (np.mean, np.median, _p95)), float(np.mean(hits[name])))
         for name, e in errors.items()
     ]
-    return Evaluation({name: list(values) for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True)})
+    landmarks = _named_columns(_LANDMARK_COLUMNS, asked)
+    landmarks |= {f"{name.replace(' ', '_')}_mm": values for name, values in errors.items()}
+    return Evaluation(_named_columns(_COLUMNS, rows), landmarks)
+
+
+def _named_columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    return {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def _p95(values: Sequence[float]) -> float:
@@ -105,10 +125,12 @@ def _heads(lookup: Lookup, where: str | None, label_where: str | None, progress:
     chosen = set(snapshot.matching("scans", where).column("scan").to_pylist())
     rows = snapshot.matching("labels", label_where).to_pylist()
     landmarks: dict[str, dict[int, NDArray[np.float64]]] = {}
+    names: dict[str, dict[int, str | None]] = {}
     for row in rows:
         if row["scan"] in chosen & lookup.segments.keys() and row["voxels"] >= MIN_VOXELS:
             xyz = np.array([row["x_mm"], row["y_mm"], row["z_mm"]])
             landmarks.setdefault(row["scan"], {})[row["label"]] = xyz
+            names.setdefault(row["scan"], {})[row["label"]] = row["name"]
     if len(landmarks) < 2:
         raise UsageError(
             f"expected at least two indexed scans with label maps, found {len(landmarks)}",
@@ -122,7 +144,7 @@ def _heads(lookup: Lookup, where: str | None, label_where: str | None, progress:
         centroid = apply_affine(volume.affine, np.argwhere(volume.foreground).mean(axis=0))
         labels = stored.labels()
         if labels is not None:
-            heads[scan] = _Head(scan, points, centroid, labels, stored.affine)
+            heads[scan] = _Head(scan, points, names[scan], centroid, labels, stored.affine)
         progress.advance(1)
     progress.finish()
     return heads

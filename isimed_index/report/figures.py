@@ -133,10 +133,18 @@ def training_figure(epochs: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def check_suffix(path: Path) -> None:
+    """`UsageError` when no figure can be written under that name."""
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(
+            f"expected a figure file {', '.join(_SUFFIXES)}, found {path.suffix or 'no suffix'}",
+            next_step=f"name it {path.stem}.png",
+        )
+
+
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write a figure as .png, .svg or .pdf; the same figure gives the same bytes."""
-    if path.suffix not in _SUFFIXES:
-        raise UsageError(f"expected a figure file {', '.join(_SUFFIXES)}, found {path.suffix or 'no suffix'}")
+    check_suffix(path)
     dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
     with _style():
         figure.savefig(path, dpi=dpi, metadata=dated[path.suffix], facecolor="white")

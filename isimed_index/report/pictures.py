@@ -10,7 +10,7 @@ import numpy as np
 
 from isimed_index.errors import NotFound
 from isimed_index.lookup import Lookup, Question, Source
-from isimed_index.report.figures import Panel, embedding_figure, match_figure, save, training_figure
+from isimed_index.report.figures import Panel, check_suffix, embedding_figure, match_figure, save, training_figure
 from isimed_index.space import Space
 
 FIELD_MM = 160.0  # edge of the planes drawn around a point
@@ -20,6 +20,7 @@ def draw_match(
     lookup: Lookup, source: Source, point: Sequence[float], space: Space, question: Question, out: Path
 ) -> None:
     """The query point and its best matches, a row each, in three planes."""
+    check_suffix(out)
     if source.scan is None:
         raise NotFound("a match figure needs a stored query scan", next_step="isimed add FILE, then isimed index")
     at = source.point_mm(point, space)
@@ -33,6 +34,7 @@ def draw_umap(lookup: Lookup, where: str | None, seed: int, most: int, out: Path
     """UMAP of at most `most` patches of the scans that `where` keeps, coloured by canonical position."""
     from isimed_index.project import umap
 
+    check_suffix(out)
     scans = lookup.snapshot.matching("scans", where).column("scan").to_pylist()
     rows = lookup.snapshot.sql(
         "SELECT patch, cx_mm, cy_mm, cz_mm FROM patches "
@@ -46,14 +48,15 @@ def draw_umap(lookup: Lookup, where: str | None, seed: int, most: int, out: Path
     wanted = rows.column("patch").to_numpy()
     parts = []
     for segment in lookup.snapshot.segments(lookup.card.id):
-        here = wanted[(wanted >= segment.first_row_id) & (wanted < segment.first_row_id + segment.rows)]
-        parts.append(np.asarray(segment.vectors("embedding")[here - segment.first_row_id], dtype=np.float32))
+        here = np.isin(segment.row_ids, wanted)
+        parts.append(np.asarray(segment.vectors("embedding")[here], dtype=np.float32))
     centres = np.stack([rows.column(f"c{axis}_mm").to_numpy() for axis in "xyz"], axis=1)
     save(embedding_figure(umap(np.concatenate(parts), seed), centres, frame="canonical", seed=seed), out)
 
 
 def draw_training(lookup: Lookup, out: Path) -> None:
     """Loss and distance error of an encoder's training, epoch by epoch."""
+    check_suffix(out)
     path = lookup.snapshot.encoder_path(lookup.card.id) / "metrics.jsonl"
     if not path.exists():
         raise NotFound(f"encoder {lookup.card.name!r} has no training record")

@@ -7,6 +7,9 @@
 OME-Zarr 0.5 can say a scale and a translation only; the exact 4×4 affine, slope and intercept are in `isimed`. Every
 shard is written even when it is empty and every chunk carries a CRC-32C, so a missing or changed file is an error and
 never a silent zero. (Zarr itself reads zeros where a shard is missing or has no bytes.)
+
+A scan whose embeddings came without its voxels is a group without arrays: `isimed` then holds its `shape`, and
+`"voxels": "absent"`. Whoever asks for its voxels is told so.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ import zarr.codecs
 import zarr.storage
 from numpy.typing import NDArray
 
-from isimed_index.errors import StoreDamaged, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, UsageError
 from isimed_index.grid import Box
 from isimed_index.scans.scan import LabelMap, Scan, physical_values
 from isimed_index.space import Affine
 
 LABELS_NAME = "anatomy"
 _OME_VERSION = "0.5"
+_ABSENT = "absent"  # what `voxels` says of a scan that is stored without them
 _CHUNK = 64
 _SHARD = 256
 
@@ -65,11 +69,27 @@ def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
     _write_array(group.create_group(LABELS_NAME, attributes={"ome": ome}), labels.voxels)
 
 
+def write_absent(
+    shape: tuple[int, int, int], affine: Affine, attributes: Mapping[str, str | float | int], directory: Path
+) -> None:
+    """Write a scan of which only the geometry is known into `directory`, which is new or empty."""
+    facts = {"affine": affine.tolist(), "slope": 1.0, "intercept": 0.0, "background": 0, "attributes": dict(attributes)}
+    zarr.create_group(
+        store=zarr.storage.LocalStore(directory),
+        attributes={"isimed": {**facts, "shape": list(shape), "voxels": _ABSENT}},
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredScan:
-    """A scan that `write_chunks` wrote; voxels are read when they are asked for. Made by `open_chunks`."""
+    """A scan that `write_chunks` wrote; voxels are read when they are asked for. Made by `open_chunks`.
+
+    Of a scan that `write_absent` wrote, `voxels` and `values` raise `NotFound`; it has no label map.
+    """
 
     directory: Path
+    name: str  # for messages
+    shape: tuple[int, int, int]  # voxels along x, y and z
     affine: Affine
     slope: float
     intercept: float
@@ -80,13 +100,17 @@ class StoredScan:
     _labels: Any
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Voxels along x, y and z."""
-        nx, ny, nz = self._image.shape
-        return nx, ny, nz
+    def absent(self) -> bool:
+        """Whether it is stored without its voxels."""
+        return self._image is None
 
     def voxels(self, box: Box | None = None) -> NDArray[Any]:
         """Stored voxels of the box (all without one), background outside of the scan; `StoreDamaged` if unreadable."""
+        if self.absent:
+            raise NotFound(
+                f"the voxels of {self.name} are not in this store: its embeddings were imported without them",
+                next_step="add its file to a new store, or import an export that was made with --voxels into one",
+            )
         return self._read(self._image, box, self.background)
 
     def values(self, box: Box | None = None) -> NDArray[np.float32]:
@@ -116,12 +140,16 @@ class StoredScan:
             return cut
 
 
-def open_chunks(directory: Path) -> StoredScan:
-    """Open what `write_chunks` wrote, without reading voxels; `StoreDamaged` when something is missing or malformed."""
+def open_chunks(directory: Path, scan: str | None = None) -> StoredScan:
+    """Open what `write_chunks` or `write_absent` wrote, without reading voxels; `scan` is its id, for messages.
+
+    `StoreDamaged` when something is missing or malformed.
+    """
     with _damage(directory):
         root = zarr.open_group(store=zarr.storage.LocalStore(directory, read_only=True), mode="r", zarr_format=3)
         facts: Any = root.attrs["isimed"]
-        image = _open_array(directory, root, "0")
+        image = None if facts.get("voxels") == _ABSENT else _open_array(directory, root, "0")
+        x, y, z = (int(n) for n in (facts["shape"] if image is None else image.shape))
         labels, names = None, {}
         if (directory / "labels").exists():
             where = f"labels/{LABELS_NAME}"
@@ -131,6 +159,8 @@ def open_chunks(directory: Path) -> StoredScan:
             names = {int(entry["label-value"]): str(entry["name"]) for entry in properties}
         return StoredScan(
             directory=directory,
+            name="this scan" if scan is None else f"scan {scan!r}",
+            shape=(x, y, z),
             affine=np.array(facts["affine"], dtype=np.float64).reshape(4, 4),
             slope=float(facts["slope"]),
             intercept=float(facts["intercept"]),

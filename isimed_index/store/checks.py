@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from isimed_index.contracts import conform, table_contract, validate
 from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.store.files import CARD, WEIGHTS, file_digest
 from isimed_index.store.manifest import Artefact
-from isimed_index.store.segment import check_segment
+from isimed_index.store.segment import check_segment, parts_of
 from isimed_index.store.snapshot import Snapshot, StoredTable
 
 if TYPE_CHECKING:
@@ -39,12 +41,11 @@ def _check_card(path: Path, fields: Mapping[str, Any]) -> None:
         raise EncoderMismatch(f"{WEIGHTS} does not match the sha256 on its card", next_step="isimed pretrain")
 
 
-def check_references(kept: Sequence[Artefact], added: Sequence[Artefact]) -> None:
-    """New artefacts may name only what the same generation holds, and an index covers one encoder's segments."""
+def check_references(kept: Sequence[Artefact], added: Sequence[Artefact], next_row_id: int) -> None:
+    """New artefacts may name only what the same generation holds, and an index covers one encoder's rows."""
     everything = [*kept, *added]
     encoders = {artefact.fields["encoder"] for artefact in everything if artefact.kind == "encoder"}
     scans = {artefact.path for artefact in everything if artefact.kind == "scan"}
-    segments = {artefact.path: artefact.fields["encoder"] for artefact in everything if artefact.kind == "segment"}
     for artefact in added:
         encoder = artefact.fields.get("encoder")
         if artefact.kind in ("segment", "frame", "index") and encoder not in encoders:
@@ -52,13 +53,30 @@ def check_references(kept: Sequence[Artefact], added: Sequence[Artefact]) -> Non
                 f"a {artefact.kind} was made by the encoder {str(encoder)[:12]!r}, which is not in the store",
                 next_step="isimed ls encoders",
             )
-        if artefact.kind == "segment" and artefact.fields["scan_artefact"] not in scans:
-            raise UsageError("a segment was made from a scan that is not in the store")
-        for path in artefact.fields.get("covers", ()):
-            if path not in segments:
-                raise UsageError("an index covers a segment that is not in the store", next_step="isimed index")
-            if segments[path] != encoder:
-                raise EncoderMismatch("an index covers segments of another encoder", next_step="isimed index")
+        if artefact.kind == "segment" and any(part["scan_artefact"] not in scans for part in parts_of(artefact)):
+            raise UsageError("a segment was made from a scan that is not in the store", next_step="isimed ls")
+        if artefact.kind == "index":
+            check_coverage(artefact, everything, next_row_id)
+
+
+def check_coverage(index: Artefact, everything: Sequence[Artefact], next_row_id: int) -> None:
+    """What an index covers are row ids that were given, none of them to a segment of another encoder."""
+    covers = np.array(index.fields["covers"], dtype=np.int64).reshape(-1, 2)  # (r, 2) rising half-open ranges
+    if (np.diff(covers.ravel()) <= 0).any() or (covers.size and not 0 <= covers[0, 0] < covers[-1, 1] <= next_row_id):
+        raise UsageError("an index covers rows that are not in the store", next_step="isimed index")
+    others = [
+        (part["first_row_id"], part.get("end_row_id", part["first_row_id"] + artefact.fields["rows"]))
+        for artefact in everything
+        if artefact.kind == "segment" and artefact.fields["encoder"] != index.fields["encoder"]
+        for part in parts_of(artefact)
+    ]
+    if not others or not covers.size:
+        return
+    first, end = np.array(others, dtype=np.int64).T
+    place = np.searchsorted(covers[:, 1], first, side="right")  # the first range that ends behind each segment's start
+    inside = place < len(covers)
+    if (covers[place[inside], 0] < end[inside]).any():
+        raise EncoderMismatch("an index covers segments of another encoder", next_step="isimed index")
 
 
 def check_rows(head: Snapshot, name: StoredTable, rows: pa.Table, added: Sequence[Artefact]) -> pa.Table:

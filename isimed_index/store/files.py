@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from isimed_index.errors import Incompatible
-
 FORMAT = "FORMAT.json"
 HEAD = "HEAD.json"
 MANIFESTS = "manifests"
 INTENTS = "intents"
+LEASES = "leases"
+TAGS = "tags"
+QUARANTINE = "quarantine"
 TMP = "tmp"
 CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
+REPAIR = "isimed check, then isimed repair"
 RESTORE = "restore the store from a backup, or add its files to a new one"  # no command mends what is not derived
 FOLDERS = {
     "scan": "scans",
@@ -28,8 +30,9 @@ FOLDERS = {
     "table": "tables",
     "frame": "frames",
     "index": "indexes",
+    "tombstone": "tombstones",
 }  # where artefacts of each kind live
-SUFFIXES = {"scan": ".zarr", "table": ".parquet"}
+SUFFIXES = {"scan": ".zarr", "table": ".parquet", "tombstone": ".parquet"}
 
 _BLOCK = 1 << 20  # bytes read at once while hashing
 
@@ -57,6 +60,13 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of a store, durably, where a store of an earlier version lacks it."""
+    if not path.exists():
+        path.mkdir(exist_ok=True)
+        sync_file(path.parent)
 
 
 def sync_tree(path: Path) -> None:
@@ -106,37 +116,16 @@ def tree_digest(path: Path) -> TreeDigest:
     return TreeDigest(total, len(lines), hashlib.sha256(b"".join(sorted(lines))).hexdigest())
 
 
+def read_range(path: Path, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start`, fewer at its end."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(length)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file and flush it; its folder's entry is left to the caller."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def publish(root: Path, target: Path, content: bytes) -> None:
-    """Make `target` appear with `content`, whole and durable, or raise `FileExistsError` when it is there already.
-
-    The hard link is the commit point: it fails when another process was first, which a rename would not.
-    """
-    draft = root / TMP / f"{new_id()}.json"
-    write_durably(draft, content)
-    try:
-        os.link(draft, target)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise Incompatible(
-            f"the store's file system cannot publish a commit with a hard link ({error.strerror})",
-            next_step="move the store to a file system with hard links",
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_file(target.parent)
-
-
-def replace_hint(root: Path, target: Path, content: bytes) -> None:
-    """Put `content` at `target` in one step without flushing: for hints that a reader may do without."""
-    draft = root / TMP / f"{new_id()}.json"
-    draft.write_bytes(content)
-    draft.replace(target)

@@ -9,40 +9,82 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from isimed_index.errors import StoreDamaged
-from isimed_index.store.files import RESTORE, tree_digest, tree_size
+from isimed_index.errors import StoreDamaged, StoreUnreachable
+from isimed_index.store.files import REPAIR, tree_digest, tree_size
 from isimed_index.store.manifest import Artefact
+from isimed_index.store.place.storage import Storage
 
 
-def verify(root: Path, artefact: Artefact) -> Path:
+def verify(storage: Storage, artefact: Artefact) -> Path:
     """The artefact's place on disk, or `StoreDamaged` when it is missing or does not match its manifest entry."""
-    path = root / artefact.path
     try:
+        return _verified(storage, artefact)
+    except StoreDamaged:
+        if not storage.forget(artefact.path):
+            raise
+    _verify_hash.cache_clear()
+    return _verified(storage, artefact)  # the damage may have been in a copy alone: this is another one
+
+
+def _verified(storage: Storage, artefact: Artefact) -> Path:
+    path = check_size(storage, artefact)
+    _verify_hash(path, artefact.path, artefact.kind, artefact.bytes, artefact.files, artefact.sha256)
+    return path
+
+
+def check_size(storage: Storage, artefact: Artefact) -> Path:
+    """The artefact's place on disk, or `StoreDamaged` when it is missing or has another size; it is not read."""
+    try:
+        path = storage.fetch(artefact.path)
         size = tree_size(path)
+    except StoreUnreachable:
+        raise
+    except FileNotFoundError:
+        raise _damaged(artefact, "is missing") from None
     except OSError as error:
         raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
     if not path.exists():
         raise _damaged(artefact, "is missing")
+    _compare(artefact, size)
+    return path
+
+
+def check_there(storage: Storage, artefact: Artefact) -> None:
+    """`StoreDamaged` when an artefact is missing from the store or has another size there; nothing is fetched."""
+    try:
+        size = storage.size(artefact.path)
+    except StoreUnreachable:
+        raise
+    except FileNotFoundError:
+        raise _damaged(artefact, "is missing") from None
+    except OSError as error:
+        raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
+    _compare(artefact, size)
+
+
+def _compare(artefact: Artefact, size: tuple[int, int]) -> None:
     if size != (artefact.bytes, artefact.files):
         raise _damaged(
             artefact,
             f"holds {size[0]} bytes in {size[1]} files, expected {artefact.bytes} bytes in {artefact.files} files",
         )
-    _verify_hash(root, artefact.path, artefact.kind, artefact.bytes, artefact.files, artefact.sha256)
-    return path
 
 
 @lru_cache(maxsize=1 << 17)  # remembers success only: a failure raises, and is tried again
-def _verify_hash(root: Path, relative: str, kind: str, size: int, count: int, sha256: str) -> None:
-    artefact = Artefact(kind, relative, size, count, sha256)
+def _verify_hash(path: Path, relative: str, kind: str, size: int, count: int, sha256: str) -> None:
+    check_hash(path, Artefact(kind, relative, size, count, sha256))
+
+
+def check_hash(path: Path, artefact: Artefact) -> None:
+    """Read the artefact whole, whatever was read before; `StoreDamaged` when it does not match its hash."""
     try:
-        digest = tree_digest(root / relative)
+        digest = tree_digest(path)
     except OSError as error:
         raise _damaged(artefact, f"cannot be read ({error.strerror})") from None
-    if digest.sha256 != sha256:
+    if digest.sha256 != artefact.sha256:
         raise _damaged(artefact, "does not match its hash")
 
 
 def _damaged(artefact: Artefact, what: str) -> StoreDamaged:
-    step = "isimed index" if artefact.kind in ("frame", "index") else RESTORE  # what can be derived again
-    return StoreDamaged(f"the {artefact.kind} {Path(artefact.path).name} {what}", next_step=step)
+    step = "isimed index" if artefact.kind in ("frame", "index") else REPAIR  # what can be derived again
+    return StoreDamaged(f"the {artefact.kind} {artefact.name} {what}", next_step=step)

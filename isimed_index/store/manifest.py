@@ -14,17 +14,20 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isimed_index.contracts import check_version
-from isimed_index.errors import IsimedError, NotFound, StoreDamaged, StoreWarning
+from isimed_index.errors import IsimedError, NotFound, StoreDamaged, StoreNotFound, StoreUnreachable, StoreWarning
 from isimed_index.store import files
 
+if TYPE_CHECKING:
+    from isimed_index.store.place.storage import Storage
+
 _ARTEFACT_PATH = re.compile(
-    r"(scans/[0-7][0-9A-HJKMNP-TV-Z]{25}\.zarr|tables/[0-7][0-9A-HJKMNP-TV-Z]{25}\.parquet"
+    r"(scans/[0-7][0-9A-HJKMNP-TV-Z]{25}\.zarr|(tables|tombstones)/[0-7][0-9A-HJKMNP-TV-Z]{25}\.parquet"
     r"|(encoders|segments|frames|indexes)/[0-7][0-9A-HJKMNP-TV-Z]{25})"
 )
+_SEAL = b'"sha256":"'
 _DIGITS = 20  # of a manifest's file name: enough for any 64-bit generation, and sorted as text
 
 
@@ -35,19 +38,29 @@ def canonical(document: Any) -> bytes:
 
 def seal(document: Mapping[str, Any]) -> bytes:
     """`document` as JSON bytes with its own hash under `sha256`."""
-    bare = {key: value for key, value in document.items() if key != "sha256"}
-    return canonical({**bare, "sha256": hashlib.sha256(canonical(bare)).hexdigest()}) + b"\n"
+    # Key by key, so that a manifest of a hundred thousand artefacts is written once and not once more with its hash.
+    items = {key: canonical(key) + b":" + canonical(value) for key, value in document.items() if key != "sha256"}
+    bare = b"{" + b",".join(items[key] for key in sorted(items)) + b"}"
+    items["sha256"] = canonical("sha256") + b":" + canonical(hashlib.sha256(bare).hexdigest())
+    return b"{" + b",".join(items[key] for key in sorted(items)) + b"}\n"
 
 
 def unseal(content: bytes, name: str) -> dict[str, Any]:
-    """The document in `content`, seal checked; `StoreDamaged` naming the file `name` otherwise."""
-    try:
-        document: dict[str, Any] = json.loads(content)
-        sealed = seal(document)
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise StoreDamaged(f"{name} is not a sealed JSON document", next_step=files.RESTORE) from None
-    if content != sealed:
-        raise StoreDamaged(f"{name} does not match its own hash", next_step=files.RESTORE)
+    """The document in `content`, seal checked; `StoreDamaged` naming the file `name` otherwise.
+
+    The seal is cut out of the bytes and the rest is hashed: to write the document again and compare would take longer
+    than all else at opening. No document of ours holds a `sha256` after that of its top level.
+    """
+    start = content.rfind(_SEAL)
+    end = start + len(_SEAL) + 64 + 1
+    if start < 1 or not content.endswith(b"}\n"):
+        raise StoreDamaged(f"{name} is not a sealed JSON document", next_step=files.REPAIR)
+    last = content[end:] == b"}\n"  # then the comma before it is cut too, otherwise the one behind it
+    cut = slice(start - (last and content[start - 1 : start] == b","), end + (not last))
+    expected = _SEAL + hashlib.sha256(content[: cut.start] + content[cut.stop : -1]).hexdigest().encode() + b'"'
+    if content[cut] not in (expected, expected + b",", b"," + expected):
+        raise StoreDamaged(f"{name} does not match its own hash", next_step=files.REPAIR)
+    document: dict[str, Any] = json.loads(content)
     return document
 
 
@@ -60,12 +73,17 @@ def utc_now() -> str:
 class Artefact:
     """One immutable file or folder of a store: where it is, how large, what it hashes to, and what its kind adds."""
 
-    kind: str  # scan, encoder, segment, table, frame or index
+    kind: str  # scan, encoder, segment, table, frame, index or tombstone
     path: str  # relative to the store, such as segments/<ulid>
     bytes: int
     files: int
     sha256: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its ULID, with the suffix of its kind: the last part of its path."""
+        return self.path.split("/")[1]
 
     def to_json(self) -> dict[str, Any]:
         """The artefact as it stands in a manifest."""
@@ -95,6 +113,7 @@ class Manifest:
     artefacts: tuple[Artefact, ...] = ()
     features: tuple[str, ...] = ()
     format_version: int = 1
+    digest: str | None = field(default=None, compare=False, repr=False)  # that sealed it, where it was read
 
     def to_bytes(self) -> bytes:
         """The manifest as sealed JSON."""
@@ -130,6 +149,7 @@ class Manifest:
                 artefacts=tuple(map(Artefact.from_json, document["artefacts"])),
                 features=tuple(document["features"]),
                 format_version=document["format_version"],
+                digest=document["sha256"],
             )
         except (KeyError, TypeError, ValueError):
             raise StoreDamaged(f"{name} is not a manifest", next_step=files.RESTORE) from None
@@ -137,13 +157,14 @@ class Manifest:
     @property
     def sha256(self) -> str:
         """The hash that seals this manifest, by which its child names it."""
-        digest: str = json.loads(self.to_bytes())["sha256"]
-        return digest
+        return self.digest or str(unseal(self.to_bytes(), "a manifest")["sha256"])
 
     @property
     def rows(self) -> int:
-        """How many patch rows its segments hold."""
-        return sum(artefact.fields["rows"] for artefact in self.artefacts if artefact.kind == "segment")
+        """How many patch rows live: those of its segments that no tombstone names."""
+        stored = {key: rows for found in self.find("segment") for key, rows in _stored_rows(found)}
+        dead = (found.fields["dead"].items() for found in self.find("tombstone"))
+        return sum(stored.values()) - sum(int(count) for piece in dead for key, count in piece if key in stored)
 
     def find(self, kind: str) -> list[Artefact]:
         """Artefacts of one kind, in the order they were committed."""
@@ -161,43 +182,62 @@ class Generation:
     rows: int  # patch rows of all segments
 
 
-def manifest_path(root: Path, generation: int) -> Path:
-    """Where the manifest of a generation is."""
-    return root / files.MANIFESTS / f"{generation:0{_DIGITS}d}.json"
+def _stored_rows(segment: Artefact) -> list[tuple[str, int]]:
+    """By the key of each part, how many rows its files hold."""
+    parts = segment.fields.get("parts", [segment.fields])
+    return [(str(part["first_row_id"]), int(part["rows"])) for part in parts]
 
 
-def listed(root: Path) -> list[int]:
+def manifest_name(generation: int) -> str:
+    """Where the manifest of a generation is, relative to the store."""
+    return f"{files.MANIFESTS}/{generation:0{_DIGITS}d}.json"
+
+
+def generation_of(name: str) -> int | None:
+    """The generation that a file name in `manifests/` stands for; None when it is no manifest's name."""
+    stem, _, suffix = name.partition(".")
+    return int(stem) if suffix == "json" and len(stem) == _DIGITS and stem.isdecimal() else None
+
+
+def listed(storage: Storage) -> list[int]:
     """All generations that have a manifest file, oldest first, none of them opened."""
     try:
-        names = [path.stem for path in (root / files.MANIFESTS).iterdir() if path.suffix == ".json"]
+        names = storage.names(files.MANIFESTS)
+    except (StoreUnreachable, StoreNotFound):  # StoreNotFound: not even the bucket is there
+        raise
     except OSError:
         raise StoreDamaged("the store's folder of manifests is missing", next_step=files.RESTORE) from None
-    return sorted(int(name) for name in names if len(name) == _DIGITS and name.isdecimal())
+    return sorted(number for name in names if (number := generation_of(name)) is not None)
 
 
-def load(root: Path, generation: int) -> Manifest:
+def load(storage: Storage, generation: int) -> Manifest:
     """The verified manifest of one generation; `NotFound`, `StoreDamaged` or `Incompatible` otherwise."""
-    path = manifest_path(root, generation)
+    path = manifest_name(generation)
+    name = path.split("/")[1]
     try:
-        content = path.read_bytes()
+        content = storage.read(path)
     except FileNotFoundError:
         raise NotFound(f"the store has no generation {generation}", next_step="isimed log") from None
+    except StoreUnreachable:
+        raise
     except OSError as error:
-        raise StoreDamaged(f"{path.name} cannot be read ({error.strerror})", next_step=files.RESTORE) from None
-    manifest = Manifest.from_bytes(content, path.name)
+        raise StoreDamaged(f"{name} cannot be read ({error.strerror})", next_step=files.REPAIR) from None
+    manifest = Manifest.from_bytes(content, name)
     if manifest.generation != generation:
-        raise StoreDamaged(f"{path.name} holds generation {manifest.generation}", next_step=files.RESTORE)
+        raise StoreDamaged(f"{name} holds generation {manifest.generation}", next_step=files.REPAIR)
     return manifest
 
 
-def history(root: Path, until: int | None = None) -> list[Generation]:
+def history(storage: Storage, until: int | None = None) -> list[Generation]:
     """The store's history up to a generation, oldest first; a damaged one is left out with a `StoreWarning`."""
     lines = []
-    for generation in listed(root):
+    for generation in listed(storage):
         if until is not None and generation > until:
             break
         try:
-            manifest = load(root, generation)
+            manifest = load(storage, generation)
+        except NotFound:
+            continue  # collected while the list was walked
         except StoreDamaged as error:
             warnings.warn(f"{error}; it is left out of the history", StoreWarning, stacklevel=3)
             continue
@@ -205,13 +245,13 @@ def history(root: Path, until: int | None = None) -> list[Generation]:
     return lines
 
 
-def hinted(root: Path) -> int:
+def hinted(storage: Storage) -> int:
     """The generation that the head hint names; -1 when there is none or it cannot be trusted.
 
     Read it *before* listing manifests: it is written after its manifest, so the listing then reaches it.
     """
     try:
-        hint = unseal((root / files.HEAD).read_bytes(), files.HEAD)["generation"]
+        hint = unseal(storage.read(files.HEAD), files.HEAD)["generation"]
     except (OSError, KeyError, IsimedError):
         return -1
     return hint if isinstance(hint, int) else -1

@@ -1,5 +1,7 @@
 """Reading one pinned generation: no lock is taken, and later commits do not show.
 
+A snapshot that `Repository.pin` made holds a lease, which keeps a collector from removing what it reads.
+
 Every file is checked against the manifest the first time it is read in a process (see `integrity`).
 """
 
@@ -8,19 +10,24 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from isimed_index.contracts import arrow_schema
+from isimed_index.contracts import ViewName, arrow_schema
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
-from isimed_index.store.files import CARD, RESTORE
+from isimed_index.store.files import CARD, REPAIR
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact, Manifest
+from isimed_index.store.place.claims import Claim
+from isimed_index.store.place.storage import Storage
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from isimed_index.store.segment import Segment
 
@@ -31,14 +38,41 @@ class Snapshot:
     """A store as it was at one generation.
 
     `behind` says that the newest generation is damaged and this older one stands in for it: it can be read, but
-    nothing can be committed until the store is repaired.
+    nothing can be committed until the store is repaired. `newest_generation` counts the damaged one.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, behind: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, storage: Storage, manifest: Manifest, *, newest: int | None = None, lease: Claim | None = None
+    ) -> None:
+        self.storage = storage
         self.manifest = manifest
-        self.behind = behind
+        self.newest_generation = manifest.generation if newest is None else newest
+        self._lease = lease
         self._tables: dict[str, pa.Table] = {}
+        self._tombstones: dict[str, NDArray[np.int64]] = {}  # row ids by path
+        if lease is not None:
+            weakref.finalize(self, lease.release)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lease up, when there is one: a collector may then remove what only this generation holds."""
+        if self._lease is not None:
+            self._lease.release()
+
+    @property
+    def path(self) -> Path:
+        """The directory that artefacts are read from: the store, or the local cache of one elsewhere."""
+        return self.storage.root
+
+    @property
+    def behind(self) -> bool:
+        """Whether it stands in for a newer generation that is damaged."""
+        return self.newest_generation > self.generation
 
     @property
     def generation(self) -> int:
@@ -51,7 +85,7 @@ class Snapshot:
 
     def verified(self, artefact: Artefact) -> Path:
         """Where an artefact is on disk; `StoreDamaged` when it is missing or not as committed."""
-        return verify(self.path, artefact)
+        return verify(self.storage, artefact)
 
     def table(self, name: StoredTable) -> pa.Table:
         """All rows of `scans`, `subjects` or `labels` in commit order; the contract's columns come first."""
@@ -71,9 +105,9 @@ class Snapshot:
             try:
                 piece = pq.read_table(path, partitioning=None)
             except (OSError, pa.ArrowException):
-                raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step=RESTORE) from None
+                raise StoreDamaged(f"a piece of the table {name} cannot be read", next_step=REPAIR) from None
             if piece.num_rows != artefact.fields["rows"]:
-                raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step=RESTORE)
+                raise StoreDamaged(f"a piece of the table {name} has lost rows", next_step=REPAIR)
             pieces.append(piece)
         return pa.concat_tables(pieces, promote_options="permissive")
 
@@ -98,7 +132,7 @@ class Snapshot:
         for artefact in self.artefacts("scan"):
             if artefact.path == relative:
                 return self.verified(artefact)
-        raise StoreDamaged(f"the voxels of scan {scan_id!r} are not in the manifest", next_step=RESTORE)
+        raise StoreDamaged(f"the voxels of scan {scan_id!r} are not in the manifest", next_step=REPAIR)
 
     @cached_property
     def scan_of(self) -> Mapping[str, str]:
@@ -106,13 +140,18 @@ class Snapshot:
         scans = self.table("scans")
         return dict(zip(scans.column("artefact").to_pylist(), scans.column("scan").to_pylist(), strict=True))
 
+    @cached_property
+    def voxels_of(self) -> Mapping[str, str]:
+        """Path of its voxels by scan id."""
+        return {scan: path for path, scan in self.scan_of.items()}
+
     def card(self, artefact: Artefact) -> dict[str, Any]:
         """The card of an encoder artefact, as it is on disk."""
         path = self.verified(artefact) / CARD
         try:
             card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise StoreDamaged("an encoder's card cannot be read", next_step=RESTORE) from None
+            raise StoreDamaged("an encoder's card cannot be read", next_step=REPAIR) from None
         return card
 
     def encoder_artefact(self, encoder: str | None = None) -> Artefact:
@@ -139,15 +178,43 @@ class Snapshot:
         return self.verified(self.encoder_artefact(encoder))
 
     def segments(self, encoder_id: str | None = None) -> list[Segment]:
-        """Segments of one encoder (its full card id; None: of all), by rising row id."""
-        from isimed_index.store.segment import Segment
+        """Segments of one encoder (its full card id; None: of all), by rising row id; packed ones part by part."""
+        from isimed_index.store.segment import parts_of
 
         found = [
-            Segment(self.path, artefact)
+            self._segment(artefact, part)
             for artefact in self.artefacts("segment")
             if encoder_id is None or artefact.fields["encoder"] == encoder_id
+            for part in parts_of(artefact)
         ]
         return sorted(found, key=lambda segment: segment.first_row_id)
+
+    def _segment(self, artefact: Artefact, part: Mapping[str, Any]) -> Segment:
+        from isimed_index.store.segment import Segment
+
+        whole = Segment(self.storage, artefact, part)
+        pieces = [piece for piece in self.artefacts("tombstone") if whole.key in piece.fields["dead"]]
+        if not pieces:
+            return whole
+        import numpy as np
+
+        dead = np.unique(np.concatenate([self._dead_rows(piece) for piece in pieces]))
+        first, last = np.searchsorted(dead, [whole.first_row_id, whole.end_row_id])
+        return Segment(self.storage, artefact, part, dead[first:last])
+
+    def _dead_rows(self, piece: Artefact) -> NDArray[np.int64]:
+        """Row ids in a tombstone; `StoreDamaged` when it cannot be read, because the dead must not come back."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if piece.path not in self._tombstones:
+            path = self.verified(piece)
+            try:
+                rows = pq.read_table(path, partitioning=None).column("patch").to_numpy()
+            except (OSError, KeyError, pa.ArrowException):
+                raise StoreDamaged("a tombstone cannot be read", next_step=REPAIR) from None
+            self._tombstones[piece.path] = rows
+        return self._tombstones[piece.path]
 
     def newest_segments(self, encoder_id: str) -> dict[str, Segment]:
         """By scan id, the segment of one encoder (there is one: a scan that is encoded again replaces it)."""
@@ -182,18 +249,21 @@ class Snapshot:
 
         `params` fills `$name` in the query. The views are listed in `catalog`.
         """
-        from isimed_index.store.catalog import run
+        from isimed_index.store.sql.catalog import run
 
         return run(self, query, params, timeout_s)
 
-    def matching(self, view: StoredTable, where: str | None, timeout_s: float = 30.0) -> pa.Table:
-        """The rows of a stored table that an SQL condition keeps (None: all); `SqlRefused` if it is no condition."""
-        from isimed_index.store.catalog import matching
+    def matching(self, view: StoredTable | ViewName, where: str | None, timeout_s: float = 30.0) -> pa.Table:
+        """The rows of a view that an SQL condition keeps (None: all); `SqlRefused` if it is no condition."""
+        from isimed_index.store.sql.catalog import matching
 
-        return self.table(view) if where is None else matching(self, view, where, timeout_s)
+        if where is None and view in get_args(StoredTable):
+            return self.table(cast("StoredTable", view))
+        return matching(self, view, "true" if where is None else where, timeout_s)
 
 
 def _not_found(what: str, asked: str, known: list[str], listing: str) -> NotFound:
-    close = difflib.get_close_matches(asked, known, n=3)
+    begun = [name for name in known if asked and name.lower().startswith(asked.lower())]
+    close = begun[:3] or difflib.get_close_matches(asked, known, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     return NotFound(f"no {what} {asked!r} in the store{hint}", next_step=listing)

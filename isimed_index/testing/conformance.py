@@ -7,17 +7,25 @@ class TestMyIndex(IndexConformance):
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
-from isimed_index.errors import EncoderMismatch, UsageError
+from isimed_index.errors import EncoderMismatch, StoreLocked, UsageError
 from isimed_index.grid import PatchGrid
 from isimed_index.index.protocol import NO_ROW, Block, Hits, Index, Metric
 from isimed_index.scans.prepare import Volume
+from isimed_index.store import files
+from isimed_index.store.place.storage import Storage
 
 _METRICS: tuple[Metric, ...] = ("l2", "cosine")
 
@@ -278,3 +286,210 @@ class EncoderConformance:
         for name, vectors in expected.items():
             scale = max(1.0, float(np.abs(vectors).max(initial=0)))
             np.testing.assert_allclose(found[name], vectors, rtol=0, atol=self.tolerance * scale, err_msg=name)
+
+
+class StorageConformance:
+    """The contract of `Storage`."""
+
+    def make(self) -> Storage:
+        """Return an empty storage whose folders are made, another one at each call."""
+        raise NotImplementedError
+
+    def elsewhere(self, storage: Storage) -> Storage:
+        """The same storage as another machine sees it."""
+        raise NotImplementedError
+
+    def let_claims_run_out(self, storage: Storage) -> None:
+        """Let as much time pass as a claim lives on after its process; nothing where it ends with it."""
+
+    def test_what_is_published_is_read_and_listed(self) -> None:
+        storage = self.make()
+        storage.publish("manifests/1.json", b"one")
+        storage.publish("manifests/0.json", b"")
+        other = self.elsewhere(storage)
+        assert (other.read("manifests/1.json"), other.read("manifests/0.json")) == (b"one", b"")
+        assert other.names("manifests") == ["0.json", "1.json"]
+        assert other.exists("manifests/1.json")
+        assert not other.exists("manifests/2.json")
+        assert not other.exists("manifests/1")
+
+    def test_what_is_missing_is_not_found(self) -> None:
+        storage = self.make()
+        for ask in (
+            partial(storage.read, "manifests/1.json"),
+            partial(storage.size, "segments/none"),
+            partial(storage.size, "tables/none.parquet"),
+            partial(storage.read_range, "segments/none/a.npy", 0, 4),
+            partial(storage.move, "manifests/1.json", "tmp/1.json"),
+        ):
+            try:
+                ask()
+            except FileNotFoundError:
+                continue
+            raise AssertionError(f"{ask} found something")
+        with suppress(FileNotFoundError):
+            assert storage.names("nowhere") == []
+
+    def test_what_is_there_is_not_published_again(self) -> None:
+        storage = self.make()
+        storage.publish("tags/v1.json", b"first")
+        assert not _won(self.elsewhere(storage), "tags/v1.json", b"second")
+        assert storage.read("tags/v1.json") == b"first"
+
+    def test_one_of_many_threads_publishes(self) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            self.check_race(pool, writers=8, rounds=10)
+
+    def test_one_of_several_processes_publishes(self) -> None:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            self.check_race(pool, writers=4, rounds=10)
+
+    def check_race(self, pool: Executor, writers: int, rounds: int) -> None:
+        """Of several writers of one name, one succeeds, and its content is what is read."""
+        storage = self.make()
+        for turn in range(rounds):
+            name = f"manifests/{turn}.json"
+            contents = [f"writer {number}".encode() for number in range(writers)]
+            won = list(pool.map(partial(_won, storage, name), contents))
+            assert won.count(True) == 1
+            assert storage.read(name) == contents[won.index(True)]
+
+    def test_a_file_is_replaced(self) -> None:
+        storage = self.make()
+        for content in (b"1", b"22", b""):
+            storage.replace("HEAD.json", content)
+            assert self.elsewhere(storage).read("HEAD.json") == content
+
+    def test_files_and_folders_are_removed(self) -> None:
+        storage = self.make()
+        folder, file = self.stage(storage)
+        storage.settle([folder, file])
+        storage.publish("tags/v1.json", b"{}")
+        for path in (folder, file, "tags/v1.json", "tags/never.json"):
+            storage.remove(path)
+            for one in (storage, self.elsewhere(storage)):
+                assert not one.exists(path)
+                assert path.split("/")[1] not in one.names(path.split("/")[0])
+
+    def test_a_removal_spares_names_that_begin_alike(self) -> None:
+        storage = self.make()
+        for name in ("v1.json", "v1.json.old", "v1"):
+            storage.publish(f"tags/{name}", b"{}")
+        storage.remove("tags/v1.json")
+        assert storage.names("tags") == ["v1", "v1.json.old"]
+
+    def test_files_and_folders_are_moved(self) -> None:
+        storage = self.make()
+        folder, _ = self.stage(storage)
+        storage.settle([folder])
+        storage.publish("manifests/7.json", b"seven")
+        storage.move("manifests/7.json", "tmp/expired-7.json")
+        storage.move(folder, "quarantine/bad")
+        other = self.elsewhere(storage)
+        assert other.read("tmp/expired-7.json") == b"seven"
+        assert other.read("quarantine/bad/inner/deep.bin") == bytes(range(256)) * 3
+        assert other.names("manifests") == other.names("segments") == []
+
+    def test_artefacts_come_back_as_they_were_staged(self) -> None:
+        storage = self.make()
+        staged = self.stage(storage)
+        storage.settle(staged)
+        storage.settle(staged)  # a commit that is tried again settles again
+        other = self.elsewhere(storage)
+        for path in staged:
+            here, there = storage.fetch(path), other.fetch(path)
+            assert files.tree_digest(there) == files.tree_digest(here)
+            assert other.size(path) == files.tree_size(here)
+            assert other.at_hand(path)
+
+    def test_many_fetch_at_once(self) -> None:
+        storage = self.make()
+        folder, _ = self.stage(storage)
+        storage.settle([folder])
+        other = self.elsewhere(storage)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: files.tree_digest(other.fetch(folder)), range(8)))
+        assert set(found) == {files.tree_digest(storage.fetch(folder))}
+
+    def test_a_part_of_a_file_is_read(self) -> None:
+        storage = self.make()
+        folder, file = self.stage(storage)
+        storage.settle([folder, file])
+        for one in (storage, self.elsewhere(storage)):
+            assert one.read_range(f"{folder}/inner/deep.bin", 250, 10) == bytes(range(250, 256)) + bytes(range(4))
+            assert one.read_range(f"{folder}/inner/deep.bin", 760, 100) == bytes(range(248, 256))
+            assert one.read_range(file, 0, 0) == b""
+
+    def test_a_claim_is_seen_until_it_is_released(self) -> None:
+        storage = self.make()
+        claim = storage.claim("leases", "reader")
+        claim.note({"generation": 3})
+        claim.note({"generation": 4})
+        other = self.elsewhere(storage)
+        assert other.claims("leases") == [("reader", b'{"generation":3}\n{"generation":4}\n', True)]
+        other.sweep()
+        assert [name for name, _, _ in other.claims("leases")] == ["reader"]
+        claim.release()
+        claim.release()
+        assert other.claims("leases") == []
+        assert other.claims("intents") == []
+
+    def test_the_claim_of_a_dead_process_is_dead_and_swept(self) -> None:
+        storage = self.make()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_hold, args=(storage, theirs))
+        process.start()
+        try:
+            assert ours.poll(60)
+            assert [alive for _, _, alive in storage.claims("intents")] == [True]
+        finally:
+            process.kill()
+            process.join()
+        self.let_claims_run_out(storage)
+        assert [(notes, alive) for _, notes, alive in storage.claims("intents")] == [(b'{"staged":"here"}\n', False)]
+        storage.sweep()
+        assert storage.claims("intents") == []
+
+    def test_a_lock_is_held_by_one(self) -> None:
+        storage = self.make()
+        other = self.elsewhere(storage)
+        with storage.exclusive("collect"):
+            try:
+                with other.exclusive("collect"):
+                    raise AssertionError("two hold the lock")
+            except StoreLocked:
+                pass
+            with other.exclusive("another"):
+                pass
+        with other.exclusive("collect"):
+            pass
+
+    @staticmethod
+    def stage(storage: Storage) -> tuple[str, str]:
+        """A sealed folder of several files, one of them empty, and a sealed file."""
+        folder, file = f"segments/{files.new_id()}", f"tables/{files.new_id()}.parquet"
+        (storage.root / folder / "inner").mkdir(parents=True)
+        (storage.root / folder / "inner" / "deep.bin").write_bytes(bytes(range(256)) * 3)
+        (storage.root / folder / "empty.json").write_bytes(b"")
+        (storage.root / file).parent.mkdir(exist_ok=True)
+        (storage.root / file).write_bytes(b"rows")
+        for path in (folder, file):
+            storage.seal(path)
+        return folder, file
+
+
+def _won(storage: Storage, name: str, content: bytes) -> bool:
+    try:
+        storage.publish(name, content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _hold(storage: Storage, ready: Any) -> None:
+    """Take a claim and never release it."""
+    claim = storage.claim("intents", "writer")
+    claim.note({"staged": "here"})
+    ready.send(True)
+    time.sleep(600)

@@ -50,6 +50,13 @@ def singular(path: Path) -> Path:
     return path
 
 
+def no_offset(path: Path) -> Path:
+    content = bytearray(write_nifti(path, NOISE, GRID).read_bytes())
+    content[108:112] = np.float32(0).tobytes()  # vox_offset
+    path.write_bytes(content)
+    return path
+
+
 def empty_file(path: Path) -> Path:
     path.write_bytes(b"")
     return path
@@ -72,6 +79,7 @@ BAD = {
     "series.nii.gz": (series, "4-D"),
     "nan.nii.gz": (all_nan, "NaN"),
     "singular.nii": (singular, "singular"),
+    "offset.nii": (no_offset, "start at byte 0"),
     "nothing.nii": (empty_file, "not a NIfTI file"),
     "nothing.nii.gz": (empty_gzip, "not a NIfTI file"),
     "nowhere": (empty_folder, "no image file"),
@@ -143,6 +151,7 @@ def test_a_missing_store_is_exit_10(arguments: list[str], here: Path, capsys: py
     assert main([*arguments, "-s", str(here / "gone.isimed")]) == 10
     (line,) = lines(capsys, here)
     assert line.startswith("error[store_not_found]: there is no store at gone.isimed. Next: ")
+    assert all(word in line for word in ("-s DIR", "ISIMED_STORE", "./cohort.isimed", "isimed add"))
     assert not (here / "gone.isimed").exists()
 
 
@@ -177,6 +186,8 @@ class TestQuery:
         assert self.ask(cohort, scan=str(BAD[name][0](here / name))) == 1
         (line,) = lines(capsys, here)
         assert line.startswith(f"error[scan_refused]: {name}: ")
+        assert ". Next: " in line
+        assert "leave it out" not in line
 
     def test_a_missing_file(self, cohort: Cohort, here: Path, capsys: pytest.CaptureFixture[str]):
         assert self.ask(cohort, scan=str(here / "gone.nii.gz")) == 2
@@ -198,6 +209,18 @@ class TestQuery:
         assert self.ask(cohort, *wrong) == 2
         (line,) = lines(capsys, cohort.store)
         assert line.startswith("error[usage]: ")
+
+    def test_a_file_that_is_stored_says_so(self, cohort: Cohort, capsys: pytest.CaptureFixture[str]):
+        file = cohort.file(COPIES[0])
+        assert self.ask(cohort, "--json", scan=str(file)) == 0
+        shown = capsys.readouterr()
+        assert shown.err == f"{file.name} is in the store as {COPIES[0].stem}: its stored copy is asked\n"
+        assert not {copy.stem for copy in COPIES[:2]} & {row["scan"] for row in json.loads(shown.out)}
+
+    def test_an_unknown_file_has_no_subject(self, cohort: Cohort, capsys: pytest.CaptureFixture[str]):
+        assert self.ask(cohort, "--same-subject", "only", scan=str(cohort.outside)) == 2
+        (line,) = lines(capsys, cohort.store)
+        assert "subject" in line
 
     def test_a_good_question_is_quiet(self, cohort: Cohort, capsys: pytest.CaptureFixture[str]):
         assert self.ask(cohort, "--json", "--space", "lps", point="-10,-20,30") == 0

@@ -34,6 +34,7 @@ from isimed_index.errors import (
 )
 
 ROWS = pa.table({"scan": ["a", "b"], "x_mm": [1.25, -7.0], "voxel": [[1, 2, 3], [4, 5, 6]]})
+LANDMARKS = pa.table({"source": ["a", "a", "b"], "label": [3, 4, 3], "lookup_mm": [1.5, 2.5, 0.5]})
 REFUSAL = SimpleNamespace(name="bad.nii", kind="scan_refused", reason="not a NIfTI file", next_step="convert it")
 
 
@@ -42,9 +43,9 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        matches = SimpleNamespace(to_arrow=lambda: ROWS)
+        matches = SimpleNamespace(to_arrow=lambda: ROWS, source="a")
         self.answers: dict[str, Any] = {
-            "add": SimpleNamespace(added=["a"], unchanged=["b"], refused=[]),
+            "add": SimpleNamespace(added=["a"], unchanged=["b"], refused=[], unnamed=[]),
             "pretrain": SimpleNamespace(id="c0ffee", name="first"),
             "index": SimpleNamespace(
                 encoder="c0ffee",
@@ -57,7 +58,7 @@ class FakeStore:
             ),
             "lookup": matches,
             "search_patches": matches,
-            "evaluate": matches,
+            "evaluate": SimpleNamespace(to_arrow=lambda: ROWS, landmarks_to_arrow=lambda: LANDMARKS),
             "sql": ROWS,
             "scans": ROWS,
             "encoders": ROWS,
@@ -234,14 +235,14 @@ def test_index_and_pretrain_add_paths_first(store: FakeStore):
 
 
 def test_add_makes_a_store_where_there_is_none(store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    def none_there(path: Path, **_: Any) -> None:
+    def none_there(path: str, **_: Any) -> None:
         raise StoreNotFound("no store at new.isimed", next_step="isimed add")
 
-    made: list[Path] = []
+    made: list[str] = []
     monkeypatch.setitem(vars(isimed_index), "open", none_there)
     monkeypatch.setitem(vars(isimed_index), "create", lambda path: made.append(path) or store)
     assert main(["add", "images", "-s", "new.isimed"]) == 0
-    assert made == [Path("new.isimed")]
+    assert made == ["new.isimed"]
     assert main(["ls", "-s", "new.isimed"]) == 10
     assert main(["index", "-s", "new.isimed"]) == 10
     assert capsys.readouterr().err.count("error[store_not_found]") == 2
@@ -252,14 +253,14 @@ def test_add_opens_the_store_that_another_process_makes_meanwhile(
 ):
     answers: list[Any] = [StoreNotFound("not yet"), store]
 
-    def opened(path: Path, **_: Any) -> Any:
+    def opened(path: str, **_: Any) -> Any:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def refused(path: Path) -> None:
-        raise UsageError(f"{path.name} is not empty")
+    def refused(path: str) -> None:
+        raise UsageError(f"{path} is not empty")
 
     monkeypatch.setitem(vars(isimed_index), "open", opened)
     monkeypatch.setitem(vars(isimed_index), "create", refused)
@@ -324,6 +325,23 @@ class TestOptions:
         assert store.calls == []
 
     @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("query --point 1,2,3 --scan a -k 0", "expected 1 or more, found 0"),
+            ("query --point 1,2,3 --scan a -k x", "expected a whole number, found 'x'"),
+            ("query --point 1,2,3 --scan a --within x", "expected a number, found 'x'"),
+            ("index --min-recall 1.5", "expected at most 1, found 1.5"),
+            ("query --point 1,2,3 --scan a --space mni", "'mni' is not one of 'ras', 'lps', 'voxel', 'canonical'"),
+        ],
+    )
+    def test_wrong_values_are_said_in_our_words(self, store: FakeStore, capsys: Any, line: str, said: str):
+        assert main(line.split()) == 2
+        told = capsys.readouterr().err
+        assert f": {said}. Next: isimed " in told
+        assert "nput" not in told
+        assert "Value error" not in told
+
+    @pytest.mark.parametrize(
         ("text", "size"), [("4G", 4 * 1024**3), ("512M", 512 * 1024**2), ("1.5GiB", 3 * 1024**3 // 2), ("100", 100)]
     )
     def test_sizes(self, store: FakeStore, text: str, size: int):
@@ -358,8 +376,17 @@ class TestBatches:
         assert capsys.readouterr().err == "error[scan_refused]: bad.nii: no image.\n"
 
     def test_all_refused_is_exit_1(self, store: FakeStore):
-        store.answers["add"] = SimpleNamespace(added=[], unchanged=[], refused=[REFUSAL])
+        store.answers["add"] = SimpleNamespace(added=[], unchanged=[], refused=[REFUSAL], unnamed=[])
         assert main(["add", "images"]) == 1
+
+    def test_labels_without_a_name_are_noted(self, store: FakeStore, capsys: Any):
+        store.answers["add"].unnamed = [3, 87]
+        assert main(["add", "images"]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("2 labels have no name")
+        assert "--label-names FILE" in line
+        assert main(["add", "images", "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
 
     def test_rows_of_an_add(self, store: FakeStore, capsys: Any):
         store.answers["add"].refused = [REFUSAL]
@@ -494,14 +521,41 @@ class TestRows:
         else:
             assert path.read_text().startswith("scan,x_mm,voxel\n")
 
-    def test_format_wins_over_the_suffix(self, store: FakeStore, tmp_path: Path):
+    def test_format_wins_over_the_suffix(self, store: FakeStore, tmp_path: Path, capsys: Any):
         assert main(["ls", "--out", "rows.dat", "--format", "parquet"]) == 0
         assert pq.read_table(tmp_path / "rows.dat").equals(ROWS)
+        assert main(["ls", "--out", "rows.txt", "--format", "table"]) == 0
+        assert main(["ls"]) == 0
+        assert (tmp_path / "rows.txt").read_text() == capsys.readouterr().out
 
-    @pytest.mark.parametrize("line", ["ls --format arrow", "ls --out rows.dat", "info --format parquet"])
-    def test_what_cannot_be_written_is_a_usage_error(self, store: FakeStore, capsys: Any, line: str):
+    def test_what_was_written_is_noted(self, store: FakeStore, capsys: Any):
+        for command in (["ls"], ["log"], ["sql", "SELECT 1"], ["query", "--point", "1,2,3", "--scan", "a"]):
+            assert main([*command, "--out", "r.csv"]) == 0
+            told = capsys.readouterr()
+            assert (told.out, told.err) == ("", "wrote r.csv\n")
+            assert main([*command, "--out", "r.csv", "--quiet"]) == 0
+            assert capsys.readouterr().err == ""
+
+    def test_evaluate_writes_every_landmark_and_shows_the_summary(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        assert main(["evaluate", "--out", "errors.parquet"]) == 0
+        told = capsys.readouterr()
+        assert pq.read_table(tmp_path / "errors.parquet").equals(LANDMARKS)
+        assert told.err == "wrote errors.parquet\n"
+        assert main(["evaluate"]) == 0
+        assert capsys.readouterr().out == told.out
+
+    @pytest.mark.parametrize(
+        "line",
+        ["ls --format arrow", "ls --out rows.dat", "ls --out rows.txt", "ls --out rows", "info --format parquet"],
+    )
+    def test_what_cannot_be_written_is_a_usage_error(self, store: FakeStore, capsys: Any, line: str, tmp_path: Path):
         assert main(line.split()) == 2
-        assert capsys.readouterr().err.startswith("error[usage]: ")
+        told = capsys.readouterr().err
+        assert told.startswith("error[usage]: ")
+        if "--out" in line:
+            assert ".csv" in told
+            assert ".parquet" in told
+        assert not [*tmp_path.glob("rows*")]
 
     @pytest.mark.parametrize(
         "line",
@@ -544,13 +598,23 @@ class TestRows:
         assert main([*ask, "--json"]) == 0
         told = capsys.readouterr()
         assert json.loads(told.out) == []
-        (line,) = told.err.splitlines()
-        assert "no scan of another subject" in line
-        assert "--same-subject include" in line
-        assert "--where" in line
-        assert "--within" not in line
+        assert told.err == "no scan of another subject meets --where. Next: widen --where\n"
         assert main([*ask, "--quiet"]) == 0
-        assert main([*ask, "--same-subject", "include"]) == 0
+        assert capsys.readouterr().err == ""
+        assert main([*ask, "--same-subject", "include", "--within", "3"]) == 0
+        assert "no other scan meets --where and --within. Next: widen --where or --within" in capsys.readouterr().err
+        assert main([*ask[:-2], "--same-subject", "only"]) == 0
+        assert "no other scan of this subject is indexed. Next: " in capsys.readouterr().err
+        assert main(ask[:-2]) == 0
+        assert "Next: --same-subject include" in capsys.readouterr().err
+
+    def test_a_file_that_is_stored_is_named_by_its_id(self, store: FakeStore, capsys: Any):
+        ask = ["query", "--point", "1,2,3", "--scan"]
+        assert main([*ask, "images/new.nii.gz"]) == 0
+        assert capsys.readouterr().err == "new.nii.gz is in the store as a: its stored copy is asked\n"
+        assert main([*ask, "a"]) == 0
+        store.answers["lookup"].source = None
+        assert main([*ask, "images/new.nii.gz"]) == 0
         assert capsys.readouterr().err == ""
 
     def test_info_is_one_object(self, store: FakeStore, capsys: Any):

@@ -33,6 +33,7 @@ def test_the_example_parses(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)  # what examples name: the folder that `isimed demo` leaves
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "participants.tsv").touch()
+    (tmp_path / "cohort-export").mkdir()  # which the example of `isimed export` leaves
     program, command, *arguments = shlex.split(EXAMPLES[name])
     assert (program, command) == ("isimed", name)
     context = GROUP.get_command(None, name).make_context(name, arguments)

@@ -46,6 +46,24 @@ def test_copies_are_found_exactly_and_guesses_are_measured(store: Store):
     assert found["same world point"]["p95_mm"] == pytest.approx(np.percentile(still, 95), rel=1e-6)
 
 
+def test_every_landmark_has_its_own_row_that_the_summary_is_made_of(store: Store):
+    evaluation = store.evaluate(where=WHOLE, pairs=4)
+    summary = {row["predictor"]: row for row in evaluation.to_arrow().to_pylist()}
+    table = evaluation.landmarks_to_arrow()
+    assert table.column_names[:4] == ["source", "target", "label", "name"]
+    assert table.num_rows == summary["lookup"]["landmarks"] == 4 * 12
+    for name in PREDICTORS:
+        column = f"{name.replace(' ', '_')}_mm"
+        assert np.mean(table.column(column)) == pytest.approx(summary[name]["mean_mm"])
+    labels = store.sql("SELECT * FROM labels").to_pylist()
+    known = {(row["scan"], row["label"]): row for row in labels}
+    for row in table.to_pylist():
+        one, other = known[row["source"], row["label"]], known[row["target"], row["label"]]
+        assert row["name"] == one["name"]
+        apart = np.linalg.norm([one[f"{axis}_mm"] - other[f"{axis}_mm"] for axis in "xyz"])
+        assert row["same_world_point_mm"] == pytest.approx(apart)
+
+
 def test_a_shifted_copy_is_found_by_its_centroid_alone(store: Store):
     found = rows(store, where="scan IN ('sub-01_ses-1_T1w', 'sub-02_T1w')")
     assert found["foreground centroid"]["mean_mm"] < 0.1

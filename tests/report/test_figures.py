@@ -155,8 +155,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         match_figure(scan(), [], field_mm=0)
     with pytest.raises(UsageError, match="centres"):
         embedding_figure(np.zeros((3, 2)), np.zeros((4, 3)))
-    with pytest.raises(UsageError, match="suffix"):
+    with pytest.raises(UsageError, match="suffix") as caught:
         save(match_figure(scan(), []), tmp_path / "figure")
+    assert ".png" in caught.value.next_step
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra):
         match_figure(scan(), [])

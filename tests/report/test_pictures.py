@@ -51,7 +51,7 @@ def test_match_needs_a_point_and_a_stored_scan(store: Store, cohort: Cohort, tmp
     with pytest.raises(UsageError):
         store.plot("match", tmp_path / "a.png")
     with pytest.raises(NotFound, match="stored query scan"):
-        store.plot("match", tmp_path / "a.png", point=POINT, scan=cohort.file(COPIES[0]))
+        store.plot("match", tmp_path / "a.png", point=POINT, scan=cohort.outside)
     with pytest.raises(UsageError, match="expected the figure"):
         store.plot("pie", tmp_path / "a.png")  # type: ignore[arg-type]
     assert not (tmp_path / "a.png").exists()
@@ -96,6 +96,23 @@ def test_umap_leaves_out_patches_that_have_no_canonical_place(cohort: Cohort, tm
     calls = seen_by(monkeypatch, "embedding_figure")
     store.plot("umap", tmp_path / "umap.png")
     assert np.isfinite(calls[0][0][1]).all()
+
+
+def test_a_wrong_suffix_is_refused_before_any_work(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def worked(*_: object) -> None:
+        raise AssertionError("it was drawn first")
+
+    for name in ("embedding_figure", "match_figure", "training_figure"):
+        monkeypatch.setattr(f"isimed_index.report.pictures.{name}", worked)
+    monkeypatch.setattr("isimed_index.project.umap", worked)
+    for figure, options in (("umap", {}), ("training", {}), ("match", {"point": (10, 20, 30), "scan": COPIES[0].stem})):
+        with pytest.raises(UsageError, match=r"found \.webp"):
+            store.plot(figure, tmp_path / "figure.webp", **options)
+
+
+def test_the_match_of_a_stored_scans_file_can_be_drawn(store: Store, cohort: Cohort, tmp_path: Path):
+    store.plot("match", tmp_path / "match.png", point=(10, 20, 30), scan=cohort.file(COPIES[0]), k=1)
+    assert (tmp_path / "match.png").stat().st_size > 5000
 
 
 def test_nothing_to_draw(store: Store, tmp_path: Path):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import zarr
 
-from isimed_index.errors import StoreDamaged, UsageError
+from isimed_index.errors import NotFound, StoreDamaged, UsageError
 from isimed_index.grid import Box
 from isimed_index.scans import LabelMap, Scan
-from isimed_index.scans.chunks import open_chunks, write_chunks
+from isimed_index.scans.chunks import open_chunks, write_absent, write_chunks
 
 NAMES = {1: "left", 2: "right"}
 
@@ -212,3 +212,28 @@ def test_many_threads_read_the_same_scan(directory, scan):
         thread.join()
     assert len(found) == 4
     assert all((voxels == scan.voxels).all() for voxels in found)
+
+
+def test_a_scan_without_voxels_says_so_and_invents_none(tmp_path, oblique):
+    write_absent((7, 8, 9), oblique, {"source_orientation": "PSR"}, tmp_path / "a.zarr")
+    stored = open_chunks(tmp_path / "a.zarr", "sub-01")
+    assert stored.absent
+    assert stored.shape == (7, 8, 9)
+    np.testing.assert_array_equal(stored.affine, oblique)
+    assert stored.attributes == {"source_orientation": "PSR"}
+    for ask in (stored.voxels, stored.values, lambda: stored.values(Box((0, 0, 0), (1, 1, 1)))):
+        with pytest.raises(NotFound, match="voxels of scan 'sub-01' are not in this store"):
+            ask()
+    assert stored.labels() is None
+    assert stored.label_at((0, 0, 0)) is None
+    (tmp_path / "a.zarr" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(StoreDamaged):
+        open_chunks(tmp_path / "a.zarr")
+
+
+def test_a_scan_whose_voxels_are_lost_is_damaged_and_not_absent(directory):
+    import shutil
+
+    shutil.rmtree(directory / "0")
+    with pytest.raises(StoreDamaged):
+        open_chunks(directory)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
+import numpy as np
+import polars
 import pytest
-from store_builders import ENCODER, add_scan, whole_store
+from store_builders import ENCODER, add_scan, add_segment, whole_store
 
 from isimed_index import contracts
-from isimed_index.errors import SqlRefused
-from isimed_index.store import catalog
+from isimed_index.errors import SqlRefused, StoreWarning, UsageError
 from isimed_index.store.files import tree_digest
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.sql import catalog
 
 VIEWS = ["encoders", "generations", "indexes", "labels", "patches", "scans", "segments", "subjects"]
 
@@ -66,7 +70,8 @@ def test_the_other_views(snapshot: Snapshot) -> None:
 
 def test_a_damaged_index_is_still_listed(snapshot: Snapshot) -> None:
     (snapshot.path / snapshot.artefacts("index")[0].path / "index.json").write_text("{")
-    assert snapshot.sql("SELECT kind, rows FROM indexes").to_pylist() == [{"kind": None, "rows": 8}]
+    with pytest.warns(StoreWarning, match="kind and recall are not known"):
+        assert snapshot.sql("SELECT kind, rows FROM indexes").to_pylist() == [{"kind": None, "rows": 8}]
 
 
 def test_joins_and_parameters(snapshot: Snapshot) -> None:
@@ -234,3 +239,73 @@ def test_values_cannot_become_statements(tmp_path: Path) -> None:
     evil = "x'); DROP TABLE scans; --"
     snapshot = add_scan(Repository.create(tmp_path / "c"), evil)
     assert snapshot.sql("SELECT scan FROM scans WHERE scan = $scan", {"scan": evil}).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "said", "next_step"),
+    [
+        ("SELECT nothing FROM labels", 'column "nothing" not found', 'isimed sql "DESCRIBE labels"'),
+        ("SELECT a.nothing FROM scans a", "nothing", 'isimed sql "DESCRIBE scans"'),
+        ("SELECT * FROM scan", 'Did you mean "scans"', 'isimed sql "SHOW TABLES"'),
+        ("SELECT $age", "the query asks for $age, which has no value", "add -p age VALUE"),
+        ("SELEKT 1", "syntax error", "isimed sql --help"),
+        ("DROP TABLE scans", "found DROP", "send one statement that only reads"),
+        ("SELECT * FROM read_text('/a/b')", "no files or settings", 'isimed sql "SHOW TABLES"'),
+    ],
+)
+def test_a_refusal_says_how_to_go_on(snapshot: Snapshot, query: str, said: str, next_step: str) -> None:
+    with pytest.raises(SqlRefused) as caught:
+        snapshot.sql(query)
+    assert said in str(caught.value)
+    assert caught.value.next_step == next_step
+
+
+def test_parameters_keep_their_types(snapshot: Snapshot) -> None:
+    given = {"i": 3, "f": 0.5, "b": True, "none": None, "text": "3", "day": date(2026, 1, 2), "list": [1, 2]}
+    query = "SELECT " + ", ".join(f"${name} AS {name}" for name in given)
+    assert snapshot.sql(query, given).to_pylist() == [given]
+    assert snapshot.sql("SELECT $n AS n", {"n": np.int64(7)}).to_pylist() == [{"n": 7}]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+def test_a_time_out_is_above_zero(snapshot: Snapshot, timeout_s: float) -> None:
+    with pytest.raises(UsageError, match="time-out above 0 s"):
+        snapshot.sql("SELECT 1", timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT " + ",".join(["1"] * 490_000),  # parsing and binding
+        "SELECT count(*) FROM " + ", ".join(f"range(99999999) r{i}" for i in range(4)),  # executing
+        "SELECT range FROM range(99999999) ORDER BY hash(range)",  # sorting, then fetching
+    ],
+    ids=["binding", "executing", "fetching"],
+)
+def test_the_time_out_holds_in_every_stage(snapshot: Snapshot, query: str) -> None:
+    with pytest.raises(SqlRefused, match=r"ran past 0\.2 s"):
+        snapshot.sql(query, timeout_s=0.2)
+
+
+def test_threads_can_ask_at_once(snapshot: Snapshot) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: snapshot.sql("SELECT $n AS n", {"n": n}).to_pylist(), range(12)))
+    assert answers == [[{"n": n}] for n in range(12)]
+
+
+def test_results_go_to_pandas_and_polars(snapshot: Snapshot) -> None:
+    table = snapshot.sql("SELECT scan, age, nx FROM scans ORDER BY scan")
+    assert table.to_pandas()["age"].tolist()[0] == 40.0
+    frame = polars.from_arrow(table)
+    assert isinstance(frame, polars.DataFrame)
+    assert frame.filter(polars.col("age") > 30)["scan"].to_list() == ["sub-01_T1w"]
+
+
+def test_a_later_generation_has_its_own_patches(tmp_path: Path) -> None:
+    repository = whole_store(tmp_path / "c")
+    before = repository.snapshot()
+    assert before.sql("SELECT count(*) AS n FROM patches").to_pylist() == [{"n": 8}]
+    add_scan(repository, "sub-03_ct")
+    add_segment(repository, "sub-03_ct", 4)
+    for store, n in ((before, 8), (repository.snapshot(), 12), (before, 8)):
+        assert store.sql("SELECT count(*) AS n FROM patches").to_pylist() == [{"n": n}]

@@ -16,8 +16,9 @@ import os, signal, sys
 from pathlib import Path
 from isimed_index.store import files
 from isimed_index.store.repository import Repository
+from isimed_index.store.place.storage import LocalStorage
 from store_builders import add_scan
-owner = {"os": os, "files": files}[sys.argv[2].split(".")[0]]
+owner = {"os": os, "files": files, "storage": LocalStorage}[sys.argv[2].split(".")[0]]
 name, when, countdown = sys.argv[2].split(".")[1], sys.argv[3], int(sys.argv[4])
 original = getattr(owner, name)
 def deadly(*arguments):
@@ -37,13 +38,13 @@ POINTS = [
     ("files.tree_digest", "before", 1, "old"),  # voxels written
     ("files.tree_digest", "after", 2, "old"),  # row written
     ("os.fsync", "after", 3, "old"),
-    ("files.publish", "before", 1, "old"),
+    ("storage.publish", "before", 1, "old"),
     ("files.write_durably", "after", 1, "old"),  # manifest in tmp/
     ("os.link", "before", 1, "old"),
     ("os.link", "after", 1, "new"),
-    ("files.publish", "after", 1, "new"),
-    ("files.replace_hint", "before", 1, "new"),
-    ("files.replace_hint", "after", 1, "new"),
+    ("storage.publish", "after", 1, "new"),
+    ("storage.replace", "before", 1, "new"),
+    ("storage.replace", "after", 1, "new"),
 ]
 
 

@@ -14,7 +14,8 @@ from store_builders import add_scan, finish, start, whole_store
 
 from isimed_index.errors import Incompatible, NotFound, StoreDamaged, StoreNotFound, StoreWarning, UsageError
 from isimed_index.store import files
-from isimed_index.store.manifest import manifest_path, seal
+from isimed_index.store.manifest import manifest_name, seal
+from isimed_index.store.place.storage import LocalStorage
 from isimed_index.store.repository import Repository
 from isimed_index.store.transaction import Proposal
 
@@ -100,22 +101,22 @@ def test_a_creation_cut_short_is_no_store_and_is_completed(
     class Killed(BaseException):
         pass
 
-    real = {"mkdir": Path.mkdir, "publish": files.publish}
+    real = {"mkdir": Path.mkdir, "publish": LocalStorage.publish}
 
     def mkdir(path: Path, *args: Any, **options: Any) -> None:
         if step == "a folder" and path.name == files.INTENTS:
             raise Killed
         real["mkdir"](path, *args, **options)
 
-    def publish(root: Path, target: Path, content: bytes) -> None:
-        if (step == files.FORMAT) == (target.name == files.FORMAT):
-            (root / files.TMP / "draft.json").write_bytes(content[:9])  # what a killed process leaves of it
+    def publish(storage: LocalStorage, relative: str, content: bytes) -> None:
+        if (step == files.FORMAT) == (relative == files.FORMAT):
+            (storage.root / files.TMP / "x.draft").write_bytes(content[:9])  # what a killed process leaves of it
             raise Killed
-        real["publish"](root, target, content)
+        real["publish"](storage, relative, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", mkdir)
-        patch.setattr(files, "publish", publish)
+        patch.setattr(LocalStorage, "publish", publish)
         with pytest.raises(Killed):
             Repository.create(tmp_path / "c")
     assert (tmp_path / "c" / files.MANIFESTS).is_dir()
@@ -190,7 +191,7 @@ def test_a_damaged_head_opens_the_last_good_generation_and_says_so(
     repository = Repository.create(tmp_path / "c")
     good = add_scan(repository, "a")
     add_scan(repository, "b")
-    damage(manifest_path(repository.path, 2))
+    damage(repository.path / manifest_name(2))
     with pytest.warns(StoreWarning, match="generation 2 .* reading generation 1"):
         snapshot = Repository.open(tmp_path / "c").snapshot()
     assert snapshot.manifest == good.manifest
@@ -203,7 +204,7 @@ def test_a_damaged_head_opens_the_last_good_generation_and_says_so(
 def test_nothing_is_committed_on_a_damaged_head(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, "a")
-    damage(manifest_path(repository.path, 1))
+    damage(repository.path / manifest_name(1))
     with pytest.raises(StoreDamaged, match="nothing can be added"):
         add_scan(repository, "b")
 
@@ -213,14 +214,14 @@ def test_when_all_manifests_are_bad_the_store_is_damaged(tmp_path: Path, damage:
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, "a")
     for generation in (0, 1):
-        damage(manifest_path(repository.path, generation))
+        damage(repository.path / manifest_name(generation))
     with pytest.raises(StoreDamaged):
         repository.snapshot()
 
 
 def test_a_missing_folder_of_manifests_is_damage(tmp_path: Path) -> None:
     repository = Repository.create(tmp_path / "c")
-    manifest_path(repository.path, 0).unlink()
+    (repository.path / manifest_name(0)).unlink()
     (repository.path / files.MANIFESTS).rmdir()
     with pytest.raises(StoreDamaged):
         repository.snapshot()
@@ -229,7 +230,7 @@ def test_a_missing_folder_of_manifests_is_damage(tmp_path: Path) -> None:
 def test_a_manifest_under_another_number_is_damage(tmp_path: Path) -> None:
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, "a")
-    manifest_path(repository.path, 1).rename(manifest_path(repository.path, 7))
+    (repository.path / manifest_name(1)).rename(repository.path / manifest_name(7))
     with pytest.raises(StoreDamaged, match="holds generation 1"):
         repository.snapshot(7)
 
@@ -263,7 +264,7 @@ def test_history(tmp_path: Path) -> None:
     assert [line.generation for line in history] == list(range(8))
     assert [line.verb for line in history] == ["create", "add", "add", "pretrain", "index", "index", "index", "index"]
     assert [line.rows for line in history] == [0, 0, 0, 0, 3, 8, 8, 8]
-    flip(manifest_path(repository.path, 3))
+    flip(repository.path / manifest_name(3))
     with pytest.warns(StoreWarning, match="left out of the history"):
         assert len(repository.generations()) == 7
 

@@ -48,6 +48,9 @@ def test_scans_by_id(snapshot: Snapshot) -> None:
 def test_an_unknown_scan_names_what_is_close(snapshot: Snapshot) -> None:
     with pytest.raises(NotFound, match="did you mean 'sub-01_T1w'"):
         snapshot.chunks_path("sub-01_T1W")
+    for beginning in ("sub-02", "SUB-02", "s"):
+        with pytest.raises(NotFound, match=r"did you mean .*'sub-02_ct'"):
+            snapshot.scan_row(beginning)
     with pytest.raises(NotFound, match=r"^no scan 'zzz' in the store$"):
         snapshot.scan_row("zzz")
 
@@ -61,7 +64,7 @@ def test_encoders_by_id_beginning_and_name(repository: Repository) -> None:
         snapshot.encoder_path("3f")
     with pytest.raises(NotFound, match="did you mean 'toy'"):
         snapshot.encoder_path("toi")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match=r"in the store$"):
         snapshot.encoder_path("")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from store_builders import (
 from isimed_index import contracts
 from isimed_index.errors import EncoderMismatch, Incompatible, StoreLocked, UsageError
 from isimed_index.store import files, transaction
-from isimed_index.store.manifest import listed, load, manifest_path
+from isimed_index.store.manifest import listed, load, manifest_name
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal
@@ -88,7 +89,7 @@ def test_two_processes_committing_at_once_both_land(tmp_path: Path) -> None:
     ids = [row for segment in snapshot.segments(ENCODER) for row in segment.row_ids.tolist()]
     assert ids == list(range(80))
     assert leftovers(repository) == set()
-    chain = [load(repository.path, generation) for generation in listed(repository.path)]
+    chain = [load(repository.storage, generation) for generation in listed(repository.storage)]
     assert [child.parent for child in chain[1:]] == [(parent.generation, parent.sha256) for parent in chain[:-1]]
 
 
@@ -225,21 +226,36 @@ def test_a_failure_after_the_link_removes_nothing(tmp_path: Path, monkeypatch: p
     repository.snapshot().chunks_path("a")
 
 
-def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_a_lock_decides_and_without_locks_nothing_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = Repository.create(tmp_path / "c")
 
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(Incompatible, match="hard link"):
-        add_scan(repository, "a")
+    add_scan(repository, "a")
+    with pytest.raises(FileExistsError):
+        repository.storage.publish(manifest_name(1), b"another writer's")
+    assert repository.snapshot().scan_ids() == ["a"]
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(37, "No locks available")
+
+    with repository.transaction("add") as t:
+        artefact = stage_scan(t)
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(Incompatible, match="has no locks"):
+            t.commit(lambda head: Proposal([artefact], tables={"scans": scan_rows("b", artefact.path)}))
+        monkeypatch.undo()
+    assert repository.snapshot().scan_ids() == ["a"]
 
 
 def test_every_written_manifest_follows_its_schema_and_holds_no_scan_id(tmp_path: Path) -> None:
     repository = whole_store(tmp_path / "c")
-    for generation in listed(repository.path):
-        content = manifest_path(repository.path, generation).read_text()
+    for generation in listed(repository.storage):
+        content = (repository.path / manifest_name(generation)).read_text()
         contracts.validate("manifest", json.loads(content))
         assert "sub-0" not in content
     contracts.validate("format", json.loads((repository.path / files.FORMAT).read_text()))
@@ -328,16 +344,18 @@ def test_an_index_covers_one_encoder(tmp_path: Path) -> None:
     repository = whole_store(tmp_path / "c")
     add_encoder(repository, OTHER_ENCODER)
     add_segment(repository, "sub-01_T1w", 2, OTHER_ENCODER)
-    segments = [segment.path for segment in repository.snapshot().segments()]
+    others = repository.snapshot().segments(OTHER_ENCODER)[0]
     with repository.transaction("index") as t:
         path = t.stage("index")
         (path / "index.json").write_text("{}")
-        mixed = t.add("index", path, encoder=ENCODER, covers=segments)
+        mixed = t.add("index", path, encoder=ENCODER, covers=[[0, others.end_row_id]])
+        beyond = t.add("index", path, encoder=ENCODER, covers=[[0, 3], [others.end_row_id, others.end_row_id + 1]])
         with pytest.raises(EncoderMismatch, match="another encoder"):
             t.commit(lambda head: Proposal([mixed]))
         with pytest.raises(UsageError, match="not in the store"):
-            t.commit(lambda head: Proposal([mixed], drop=segments[:1]))
-    assert add_index(repository, OTHER_ENCODER).artefacts("index")[-1].fields["covers"] == segments[-1:]
+            t.commit(lambda head: Proposal([beyond]))
+    covers = add_index(repository, OTHER_ENCODER).artefacts("index")[-1].fields["covers"]
+    assert covers == [[others.first_row_id, others.end_row_id]]
 
 
 def test_a_scan_id_is_taken_once(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""`isimed check`, `repair` and `purge`: whether a store is whole, making it so, and erasing a patient."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from isimed_cli.app import Format, Session, command
+from isimed_cli.options import ReportOption
+
+DAMAGED = 12
+
+
+def parse_share(text: str) -> float:
+    """`all`, or a share from 0 to 1."""
+    try:
+        share = 1.0 if text == "all" else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"expected a share from 0 to 1, or all, found {text!r}")
+    return share
+
+
+@command("check", example="isimed check --read-data all", rows=True, out=True)
+def check(
+    session: Session,
+    read_data: Annotated[
+        float,
+        typer.Option(metavar="SHARE|all", parser=parse_share, help="Share of the bytes to read and hash."),
+    ] = 0.0,
+) -> None:
+    """Find what is damaged or out of place.
+
+    Sizes, counts, row ids, coverage, encoders and references are always compared.
+    One row a finding; exit 12 when one of them is damage, 0 otherwise.
+    """
+    import isimed_index
+    from isimed_cli.render import show_table
+    from isimed_index.store.upkeep.findings import as_table
+
+    with session.progress() as progress:
+        found = isimed_index.check(session.store, read_data, progress)
+    if found or session.format is not Format.TABLE or session.out is not None:
+        show_table(as_table(found), session.format, session.out)
+    damage = sum(finding.severity == "damage" for finding in found)
+    session.note(f"{damage} damaged, {len(found) - damage} other findings" if found else "nothing found")
+    if read_data < 1:
+        session.note(f"{read_data:.0%} of the bytes were read; --read-data all reads every one")
+    if damage:
+        session.note("Next: isimed repair")
+        raise typer.Exit(DAMAGED)
+
+
+@command("repair", example="isimed repair --report repaired.json", rows=True)
+def repair(session: Session, report: ReportOption = None) -> None:
+    """Mend what can be mended; move the rest to quarantine and list it.
+
+    Reads the whole store first. What was derived is dropped where it is damaged, and comes back by isimed index.
+    Exit 12 when something is left that only a backup can bring back.
+    """
+    import isimed_index
+    from isimed_cli.render import show_fields, to_json
+
+    with session.progress() as progress:
+        done = isimed_index.repair(session.store, progress)
+    fields = done.to_json()
+    if report is not None:
+        report.write_text(to_json(fields, indent=2) + "\n", encoding="utf-8")
+    show_fields({name: value for name, value in fields.items() if value} or fields, session.format)
+    if done.add_again:
+        session.note(f"Next: isimed add the files of {len(done.add_again)} scans again")
+    if done.encode_again or done.index_again:
+        session.note("Next: isimed index")
+    if done.lost:
+        raise typer.Exit(DAMAGED)
+
+
+@command("purge", example="isimed purge sub-13 --yes --report erasure.json", rows=True)
+def purge(
+    session: Session,
+    subject: Annotated[str, typer.Argument(help="The subject to erase.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether it is meant.")] = False,
+    report: ReportOption = None,
+) -> None:
+    """Erase a subject from all generations, and prove it.
+
+    Tags and old generations that hold something of the subject go too: this cannot be undone.
+    The report names neither the subject nor its scans.
+    """
+    import sys
+
+    from isimed_cli.render import show_fields, to_json
+    from isimed_index.errors import UsageError
+
+    store = session.open(mode="a")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("erasing cannot be undone and was not confirmed", next_step="add --yes")
+        typer.confirm("Erase this subject from every generation? This cannot be undone", abort=True, err=True)
+    with session.progress() as progress:
+        done = store.purge(subject, progress)
+    fields = done.to_json()
+    if report is not None:
+        report.write_text(to_json(fields, indent=2) + "\n", encoding="utf-8")
+    short = {name: len(value) if isinstance(value, list | tuple) else value for name, value in fields.items()}
+    show_fields(fields if session.format is not Format.TABLE else short, session.format)
+    for remains in done.remains:
+        session.note(f"not erased: {remains}")

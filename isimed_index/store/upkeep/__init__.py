@@ -1,0 +1,1 @@
+"""Changing and keeping a store: delete, compact, restore, collect, purge; audit and repair."""
