@@ -168,6 +168,7 @@ class Store:
         spacing_mm: float | None = None,
         workers: int = 1,
         progress: Progress | None = None,
+        surrogate_key: FilePath | None = None,
     ) -> AddReport:
         """Read image files and folders into the store; idempotent by content, bad files are refused by name.
 
@@ -178,9 +179,13 @@ class Store:
             subject_from: regular expression whose group finds the subject in a file's stem, or else in its folders.
             spacing_mm: resample to this isotropic spacing; None keeps every voxel as it is.
             workers: files read at once.
+            surrogate_key: file with the key that DICOM identifiers are hashed with, made where there is none; by
+                default the one that ISIMED_SURROGATE_KEY names, or else isimed/surrogate.key in the user's config.
         """
         listed = [paths] if isinstance(paths, str | Path) else list(paths)
-        options = AddOptions(labels, _path(label_names), _path(metadata), subject_from, spacing_mm, workers)
+        options = AddOptions(
+            labels, _path(label_names), _path(metadata), subject_from, spacing_mm, workers, _path(surrogate_key)
+        )
         try:
             return add(self._writing(), [Path(path) for path in listed], options, progress)
         finally:

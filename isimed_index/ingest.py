@@ -6,6 +6,7 @@ find files ─▶ read (threads) ─▶ known content? ─▶ stage OME-Zarr ─
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,22 @@ from numpy.typing import NDArray
 from isimed_index.contracts import TableName, arrow_schema, conform
 from isimed_index.errors import IsimedError, ScanRefused, UsageError
 from isimed_index.progress import Progress, Silent
-from isimed_index.scans.discover import find_files, label_path, stem, subject_and_session, unique_ids, without_labels
+from isimed_index.scans.dicom import files as dicom_files
+from isimed_index.scans.dicom.series import FACTS, Series, group
+from isimed_index.scans.discover import (
+    SUFFIXES,
+    find_files,
+    label_path,
+    stem,
+    subject_and_session,
+    unique_ids,
+    without_labels,
+)
 from isimed_index.scans.metadata import Value, plain_number, read_metadata
 from isimed_index.scans.prepare import resample
-from isimed_index.scans.read import read_label_names, read_labels, read_scan
+from isimed_index.scans.read import read_label_names, read_labels, read_scan, read_series
 from isimed_index.scans.scan import LabelMap, Scan
+from isimed_index.scans.surrogate import key_file, read_surrogates
 from isimed_index.space import affine_in_orientation, apply_affine
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
@@ -79,6 +91,7 @@ class AddOptions:
     subject_from: str | None = None
     spacing_mm: float | None = None
     workers: int = 1
+    surrogate_key: Path | None = None  # the file; None: where `key_file` says
 
     def __post_init__(self) -> None:
         if self.labels and self.spacing_mm is not None:
@@ -89,12 +102,16 @@ class AddOptions:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file that was asked for: the id it would have in an empty store, and whose it is by its names."""
+    """One file that was asked for: the id it would have in an empty store, and whose it is by its names.
+
+    For a DICOM series, all are surrogates, and `path` is no path but the series' surrogate as well.
+    """
 
     path: Path
     name: str
     subject: str | None
     session: str | None
+    series: Series | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +143,7 @@ def add(
     names = read_label_names(options.label_names) if options.label_names else {}
     metadata = read_metadata(options.metadata) if options.metadata else {}
     report = AddReport()
-    chosen = _chosen(paths, options, report)
+    chosen = _chosen(paths, options, report, repository.path, progress)
     progress.start("add", len(chosen), "scans")
     with (
         repository.transaction("add") as transaction,
@@ -205,8 +222,10 @@ def _same(given: Value, stored: Value) -> bool:
     return texts[0] == texts[1] or (number is not None and number == plain_number(texts[1]))
 
 
-def _chosen(paths: Sequence[Path], options: AddOptions, report: AddReport) -> list[_File]:
-    """The image files among `paths`, each once; a folder without any is refused and the others go on."""
+def _chosen(
+    paths: Sequence[Path], options: AddOptions, report: AddReport, store: Path, progress: Progress
+) -> list[_File]:
+    """The image files and DICOM series among `paths`, each once; a folder without any is refused."""
     found: dict[Path, tuple[Path, Path | None]] = {}  # file → as it was found, and in which of the folders
     for path in paths:
         try:
@@ -215,11 +234,47 @@ def _chosen(paths: Sequence[Path], options: AddOptions, report: AddReport) -> li
         except ScanRefused as error:
             report.refused.append(Refusal.of(path.resolve().name, error))
     folders = dict(found.values())
+    dicom = [file for file in folders if _is_dicom(file)]
+    series = list(_series(dicom, folders, options, report, store, progress))
+    for file in dicom:
+        del folders[file]
     files = without_labels(folders, options.labels) if options.labels else list(folders)
     return [
         _File(file, name, *subject_and_session(file, folders[file], options.subject_from))
         for file, name in zip(files, unique_ids(files, taken=()), strict=True)
-    ]
+    ] + series
+
+
+def _is_dicom(file: Path) -> bool:
+    """By content, but for a file whose suffix says that it is another kind of image, or that it ought to be DICOM."""
+    if file.name.lower().endswith(SUFFIXES):
+        return False
+    return file.name.lower().endswith(dicom_files.SUFFIXES) or dicom_files.is_dicom(file)
+
+
+def _series(
+    files: Sequence[Path],
+    folders: Mapping[Path, Path | None],
+    options: AddOptions,
+    report: AddReport,
+    store: Path,
+    progress: Progress,
+) -> Iterator[_File]:
+    """The DICOM series among files, other files refused. The subject is a surrogate unless a regex finds one."""
+    if not files:
+        return
+    surrogates = read_surrogates(options.surrogate_key or key_file(), store)
+    progress.start("headers", len(files), "files")
+    found, left = group(files, surrogates, progress)
+    progress.finish()
+    report.refused.extend(Refusal.of(item.name, item.reason) for item in left)
+    for series in found:
+        subject, session = series.subject, series.session
+        if options.subject_from:
+            first = series.files[0]
+            named = subject_and_session(first, folders[first], options.subject_from)
+            subject, session = named if named[0] else (subject, session)
+        yield _File(Path(series.name), series.name, subject, session, series)
 
 
 def _each(
@@ -233,8 +288,10 @@ def _each(
 
 def _read(file: _File, options: AddOptions, names: Mapping[int, str]) -> _Read | ScanRefused:
     try:
-        scan = read_scan(file.path, file.name)
+        scan = read_series(file.series, file.name) if file.series else read_scan(file.path, file.name)
         labels = None
+        if options.labels and file.series:
+            raise ScanRefused("label maps of DICOM series are not read", next_step="add it without --labels")
         if options.labels:
             beside = label_path(file.path, options.labels)
             if not beside.exists():
@@ -265,13 +322,14 @@ def _stage(transaction: Transaction, read: _Read) -> _Staged:
     row = {
         "subject": read.file.subject,
         "session": read.file.session,
-        "modality": None,
+        "modality": scan.attributes.get("modality"),
         "split": None,
         **dict(zip(_SIZES, (*scan.shape, *map(float, scan.spacing_mm)), strict=True)),
         "orientation": scan.attributes.get("source_orientation"),
         "format": scan.attributes.get("source_format"),
         "digest": read.digest,
         "artefact": artefact.path,
+        **{fact: scan.attributes[fact] for fact in FACTS if fact in scan.attributes},
     }
     labels = [] if read.labels is None else _label_rows(read.labels, scan)
     return _Staged(read.file, read.digest, artefact, row, labels)
@@ -304,7 +362,11 @@ def _free_ids(items: Sequence[_Staged], taken: set[str]) -> list[str]:
     """Each item's name, or, where another scan has it already, its folder's name before it and then a number."""
     ids = []
     for item in items:
-        scan = item.file.name if item.file.name not in taken else unique_ids([item.file.path], taken)[0]
+        scan = item.file.name
+        if scan in taken and item.file.series is not None:  # the same series with other content
+            scan = next(name for n in itertools.count(2) if (name := f"{item.file.name}-{n}") not in taken)
+        elif scan in taken:
+            scan = unique_ids([item.file.path], taken)[0]
         taken.add(scan)
         ids.append(scan)
     return ids

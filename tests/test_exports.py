@@ -15,7 +15,7 @@ from isimed_index.api import Store
 
 SIGNATURES = {
     "add": "paths, labels=None, label_names=None, metadata=None, subject_from=None, spacing_mm=None, workers=1, "
-    "progress=None",
+    "progress=None, surrogate_key=None",
     "pretrain": "method='isimed', preset='default', config=None, epochs=None, batch_scans=None, "
     "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "

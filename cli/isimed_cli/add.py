@@ -34,9 +34,17 @@ def add(
         float | None, typer.Option(metavar="MM", min=0.1, help="Resample to this spacing; kept as it is by default.")
     ] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Files read at once.")] = 1,
+    surrogate_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="ISIMED_SURROGATE_KEY",
+            help="Key that DICOM identifiers are hashed with; made if there is none. In your config by default.",
+        ),
+    ] = None,
     report: ReportOption = None,
 ) -> None:
-    """Read image files and folders into the store.
+    """Read image files, DICOM series and folders of both into the store.
 
     Scans that are there already, by content, are left alone; a file that cannot become a scan is refused and the
     rest of the batch lands. Makes the store if there is none.
@@ -54,6 +62,7 @@ def add(
             spacing_mm=spacing,
             workers=workers,
             progress=progress,
+            surrogate_key=surrogate_key,
         )
     if done.unnamed:
         session.note(

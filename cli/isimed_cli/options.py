@@ -12,7 +12,7 @@ from isimed_cli.app import writable
 
 Point = tuple[float, float, float]
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgh", ".mgz")
 
 
 class Space(StrEnum):

@@ -9,17 +9,19 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from isimed_index.errors import ScanRefused, UsageError
+from isimed_index.scans import formats
+from isimed_index.scans.dicom import files as dicom_files
 
-SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = formats.SUFFIXES
 _SKIPPED_FOLDERS = (".zarr", ".isimed")
 _BIDS_ENTITY = re.compile(r"(?:^|_)((sub|ses)-[A-Za-z0-9]+)")
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The files given, and all images (.nii, .nii.gz) of the folders given, recursively and sorted; each file once.
+    """The files given, and all images of the folders given, recursively and sorted; each file once.
 
-    Hidden files and folders are passed over. Raises `UsageError` for a path that does not exist and `ScanRefused` for a
-    folder that holds no image.
+    Images are known by their suffix (`SUFFIXES`), DICOM by its content, whatever its name. Hidden files and folders are
+    passed over. Raises `UsageError` for a path that does not exist and `ScanRefused` for a folder that holds no image.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -28,7 +30,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             if not files:
                 raise ScanRefused(
                     f"no image file in folder {path.resolve().name}",
-                    next_step="give a folder with .nii or .nii.gz files",
+                    next_step="give a folder with NIfTI, DICOM, NRRD, MetaImage or MGH files",
                 )
         elif path.exists():
             files = [path]
@@ -41,10 +43,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 def stem(path: Path) -> str:
     """A file's name without its image suffix: `X.nii.gz` → `X`."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
+    suffix = formats.suffix_of(path)
+    return path.name[: -len(suffix)] if suffix else path.stem
 
 
 def unique_ids(paths: Sequence[Path], taken: Collection[str]) -> list[str]:
@@ -129,5 +129,12 @@ def _images(folder: Path) -> Iterable[Path]:
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(_SKIPPED_FOLDERS)]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(where) / name
+            if not name.startswith(".") and _is_image(path := Path(where) / name):
+                yield path
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file of a folder is one to read; one that is not what its suffix says is refused when it is read."""
+    if formats.is_pair_data(path):
+        return formats.header_beside(path) is None
+    return path.name.lower().endswith((*SUFFIXES, *dicom_files.SUFFIXES)) or dicom_files.is_dicom(path)

@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.errors import ScanRefused, UsageError
-from isimed_index.scans import nifti
+from isimed_index.scans import formats
 from isimed_index.scans.scan import LabelMap, Scan
+from isimed_index.scans.volume import Volume3D
 from isimed_index.space import Affine, apply_affine
+
+if TYPE_CHECKING:
+    from isimed_index.scans.dicom.series import Series
 
 GRID_TOLERANCE_MM = 1e-3
 _LABEL_COLUMNS = ("label", "index", "value")
@@ -28,23 +32,39 @@ def read_scan(path: Path, scan_id: str) -> Scan:
     or complex voxels, no or a singular affine, only NaN, one single value. Some NaN or infinite voxels become the
     least finite value; their number is kept in `attributes["nonfinite_voxels"]`.
     """
-    with _named(path):
-        volume = nifti.load(path)
-        voxels, nonfinite = _finite(volume.voxels, volume.slope)
-        least, most = float(voxels.min()), float(voxels.max())
-        if least == most:
-            raise ScanRefused(f"every voxel has the same value, {least:g}", next_step="export the image again")
-        reach = max(abs(least), abs(most)) * abs(volume.slope) + abs(volume.intercept)
-        if not reach < float(np.finfo(np.float32).max):
-            raise ScanRefused("its values do not fit into 32-bit floating point", next_step="rescale the image")
+    with _named(path.name):
+        return _scan(formats.load(path), scan_id)
+
+
+def read_series(series: Series, scan_id: str) -> Scan:
+    """Read one DICOM series, turned to nearest RAS+; only a tilted gantry makes it resample.
+
+    Raises `ScanRefused`, by the series' surrogate and its count of files, for what is no sound volume: missing,
+    repeated or unevenly spaced slices, images that do not fit together, damaged or foreign pixel data.
+    """
+    from isimed_index.scans.dicom import pixels
+
+    count = len(series.files)
+    with _named(f"{series.name} ({count} file{'s' if count > 1 else ''})"):
+        return _scan(pixels.load(series), scan_id)
+
+
+def _scan(volume: Volume3D, scan_id: str) -> Scan:
+    voxels, nonfinite = _finite(volume.voxels, volume.slope)
+    least, most = float(voxels.min()), float(voxels.max())
+    if least == most:
+        raise ScanRefused(f"every voxel has the same value, {least:g}", next_step="export the image again")
+    reach = max(abs(least), abs(most)) * abs(volume.slope) + abs(volume.intercept)
+    if not reach < float(np.finfo(np.float32).max):
+        raise ScanRefused("its values do not fit into 32-bit floating point", next_step="rescale the image")
     attributes = volume.attributes | ({"nonfinite_voxels": nonfinite} if nonfinite else {})
     return Scan(scan_id, voxels, volume.affine, volume.slope, volume.intercept, attributes)
 
 
 def read_labels(path: Path, scan: Scan, names: Mapping[int, str]) -> LabelMap:
     """Read a label map that lies on the grid of `scan`, after turning both to RAS+; raises `ScanRefused` if not."""
-    with _named(path):
-        volume = nifti.load(path)
+    with _named(path.name):
+        volume = formats.load(path)
         if volume.voxels.shape != scan.shape:
             raise _misaligned(f"its shape is {volume.voxels.shape}, the scan's {scan.shape}")
         offset_mm = _largest_offset_mm(volume.affine, scan.affine, scan.shape)
@@ -90,12 +110,12 @@ def read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, str | No
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the file's base name in front of any refusal."""
+def _named(name: str) -> Iterator[None]:
+    """Put the file's base name, or the series' surrogate, in front of any refusal."""
     try:
         yield
     except ScanRefused as error:
-        raise ScanRefused(f"{path.name}: {error.message}", next_step=error.next_step) from error
+        raise ScanRefused(f"{name}: {error.message}", next_step=error.next_step) from error
 
 
 def _finite(voxels: NDArray[Any], slope: float) -> tuple[NDArray[Any], int]:
@@ -125,7 +145,7 @@ def _misaligned(what: str) -> ScanRefused:
     )
 
 
-def _integers(volume: nifti.Volume3D) -> NDArray[Any]:
+def _integers(volume: Volume3D) -> NDArray[Any]:
     """Labels in their stored integer type, or in the smallest one where the file holds real numbers."""
     if volume.voxels.dtype.kind in "iu" and volume.slope == 1 and volume.intercept == 0:
         return volume.voxels

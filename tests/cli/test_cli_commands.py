@@ -116,6 +116,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "subject_from": "s(..)",
             "spacing_mm": 2.0,
             "workers": 3,
+            "surrogate_key": None,
         },
     ),
     (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from isimed_index.errors import ScanRefused, UsageError
-from isimed_index.scans import nifti
+from isimed_index.scans import volume
 from isimed_index.scans.read import read_label_names, read_labels, read_scan
 from isimed_index.space import apply_affine
 
@@ -154,12 +154,12 @@ def test_a_text_file_is_refused(tmp_path, name, content):
     assert "not a NIfTI file" in refused(path)
 
 
-def test_a_header_of_a_pair_is_refused(write, voxels):
+def test_a_header_of_a_pair_without_its_voxels_is_refused(write, voxels):
     path = write("a.nii", voxels)
     raw = bytearray(path.read_bytes())
     raw[344:348] = b"ni1\0"
     path.write_bytes(raw)
-    assert "not a NIfTI file" in refused(path)
+    assert "not beside it" in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_a_damaged_header_is_refused(write, voxels, at, value, says):
 
 
 def test_a_decompression_bomb_is_stopped(write, voxels, monkeypatch):
-    monkeypatch.setattr(nifti, "_MAX_TRAILING_BYTES", 1000)
+    monkeypatch.setattr(volume, "_MAX_TRAILING_BYTES", 1000)
     path = write("a.nii", voxels)
     path.write_bytes(gzip.compress(path.read_bytes() + bytes(5000)))
     assert "more data" in refused(path)
 
 
 def test_a_huge_volume_is_refused(write, voxels, monkeypatch):
-    monkeypatch.setattr(nifti, "MAX_VOXELS", 100)
+    monkeypatch.setattr(volume, "MAX_VOXELS", 100)
     assert "378 voxels" in refused(write("a.nii", voxels))
 
 

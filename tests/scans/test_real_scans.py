@@ -79,7 +79,6 @@ def test_ct_with_labels_keeps_its_units(real_data):
         ("complex.nii.gz", "complex64"),
         ("ct_perfusion.nii.gz", "RGB"),
         ("mpld_asl.nii.gz", "4-D"),
-        ("norm.mgz", "NIfTI"),
     ],
 )
 def test_odd_files_are_refused_with_their_reason(real_data, name, says):

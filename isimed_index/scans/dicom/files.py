@@ -1,0 +1,93 @@
+"""One DICOM file: known by its content, read with every failure turned into a reason that holds nothing of its header.
+
+pydicom decodes values when they are asked for and raises what it likes, with values of the header in its messages and
+warnings. So whatever is done with a data set is done inside `open_dicom`, which keeps both in.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from isimed_index.errors import ScanRefused
+from isimed_index.scans.volume import named_damage
+
+SUFFIXES = (".dcm", ".dicom", ".ima")  # of files that ought to be DICOM; most have none, so names decide nothing
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_MOST_INFLATED_BYTES = 2**30
+_VRS = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT OB OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
+# Warnings are switched off for the whole process while a data set is read; only one thread may do so at a time.
+_QUIET = threading.RLock()
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the first bytes of a file are those of DICOM: `DICM` at byte 128, or a first element without preamble."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    if start[128:132] == b"DICM":
+        return True
+    # Old files begin with their first element: group 0002 or 0008, little endian, with a VR or a short even length.
+    if len(start) < 132 or start[:2] not in (b"\x02\x00", b"\x08\x00") or start[3:4] != b"\x00":
+        return False
+    length = int.from_bytes(start[4:8], "little")
+    return start[4:6] in _VRS or (length <= 128 and length % 2 == 0)
+
+
+@contextmanager
+def open_dicom(path: Path, tags: list[str] | None = None) -> Iterator[Any]:
+    """The data set of a file: only `tags` and no pixels, or all of it with None; `ScanRefused` for any failure inside.
+
+    One thread at a time.
+    """
+    import pydicom
+
+    with named_damage():
+        _check_inflated(path)
+        with _QUIET, warnings.catch_warnings(), _silent():
+            warnings.simplefilter("ignore")
+            try:
+                yield pydicom.dcmread(path, force=True, stop_before_pixels=tags is not None, specific_tags=tags)
+            except (ScanRefused, OSError):
+                raise
+            except Exception as error:  # noqa: BLE001 -- pydicom and its decoders raise anything, and quote the header
+                raise ScanRefused(
+                    f"it is damaged, or no sound DICOM ({type(error).__name__})",
+                    next_step="copy or export it again",
+                ) from None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """pydicom logs what it warns of, values included."""
+    import logging
+
+    logger = logging.getLogger("pydicom")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _check_inflated(path: Path) -> None:
+    """Refuse a deflated data set that is a bomb: pydicom inflates it whole."""
+    with path.open("rb") as file:
+        start = file.read(2048)
+        if start[128:132] != b"DICM" or _DEFLATED not in start:
+            return
+        file.seek(144 + int.from_bytes(start[140:144], "little"))  # behind the file meta information
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        size = 0
+        while not inflate.eof and (packed := inflate.unconsumed_tail or file.read(2**16)):
+            size += len(inflate.decompress(packed, 2**24))
+            if size > _MOST_INFLATED_BYTES:
+                raise ScanRefused("it inflates to more than 1 GiB", next_step="export it without deflation")
