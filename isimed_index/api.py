@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from isimed_index.errors import StoreWarning, UsageError
-from isimed_index.ingest import AddOptions, AddReport, Refusal, add
+from isimed_index.ingest.add import add
+from isimed_index.ingest.options import AddOptions
+from isimed_index.ingest.report import AddReport, Refusal
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.discover import SUFFIXES
 from isimed_index.space import Space

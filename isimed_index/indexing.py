@@ -22,7 +22,7 @@ from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamage
 from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
-from isimed_index.ingest import Refusal
+from isimed_index.ingest.report import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
 from isimed_index.progress import Progress
 from isimed_index.store.manifest import Artefact, listed

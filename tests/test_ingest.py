@@ -14,7 +14,8 @@ from scipy import ndimage
 import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import ScanRefused, UsageError
-from isimed_index.ingest import Refusal, label_centroids
+from isimed_index.ingest.report import Refusal
+from isimed_index.ingest.take import label_centroids
 from isimed_index.scans.metadata import plain_number, read_metadata
 
 
@@ -155,20 +156,20 @@ class TestAdd:
     def test_memory_holds_no_batch_of_volumes(self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         import gc
 
-        from isimed_index import ingest
+        from isimed_index.ingest import add as ingest
         from isimed_index.scans.scan import Scan
 
         for seed in range(6):
             tiny_scan(tmp_path / "in" / f"s{seed}.nii", seed)
         alive = []
-        proposal = ingest._proposal
+        proposal = ingest.proposal
 
         def spy(*args):
             gc.collect()
             alive.append(sum(type(thing) is Scan for thing in gc.get_objects()))
             return proposal(*args)
 
-        monkeypatch.setattr(ingest, "_proposal", spy)
+        monkeypatch.setattr(ingest, "proposal", spy)
         store.add(tmp_path / "in")
         assert max(alive) <= 1
 

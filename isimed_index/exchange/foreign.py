@@ -30,7 +30,7 @@ from isimed_index.exchange.incoming import (
     refuse_other_content,
     rows_of,
 )
-from isimed_index.ingest import BATCH
+from isimed_index.ingest.add import BATCH
 from isimed_index.lattice import ScanGeometry
 from isimed_index.progress import Progress, Silent
 from isimed_index.space import apply_affine, flip_lps

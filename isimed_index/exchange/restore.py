@@ -23,7 +23,7 @@ from isimed_index.exchange.columns import vectors_of
 from isimed_index.exchange.export import LATTICES
 from isimed_index.exchange.folder import read_seal
 from isimed_index.exchange.incoming import Batch, Imported, commit, refuse_other_card, refuse_other_content, rows_of
-from isimed_index.ingest import BATCH
+from isimed_index.ingest.add import BATCH
 from isimed_index.lattice import ScanGeometry
 from isimed_index.progress import Progress, Silent
 from isimed_index.space import orientation

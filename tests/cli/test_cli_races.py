@@ -19,7 +19,7 @@ ROUNDS = 12
 # Starts are slow and uneven, races are short: each process is ready first, and then told the store of each round.
 WORKER = """
 import contextlib, io, json, sys
-import isimed_index.api, isimed_index.ingest, isimed_index.scans.chunks, isimed_index.scans.read, pyarrow.parquet
+import isimed_index.api, isimed_index.ingest.add, isimed_index.scans.chunks, isimed_index.scans.read, pyarrow.parquet
 from isimed_cli.main import main
 print("ready", flush=True)
 for line in sys.stdin:
