@@ -1,7 +1,7 @@
 """How commit, opening and SQL grow with a store: synthetic scans and patches, real commits, medians, growth exponents.
 
     scans     10 … 100,000, one segment each: manifests as large as real ones, voxels and vectors of most never written
-    rows      10,000 … 10,000,000 patch rows in packed segments with real Parquet files
+    rows      10,000 … 100,000,000 patch rows in packed segments with real Parquet files; memory of the SQL process
 
 An exponent of 1 is linear growth; it is fitted to the larger half of the sizes. Run from the repository:
 python benchmarks/store_scale.py [--scans 10,100,1000] [--rows 10000,100000] [--out FILE.json]
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from isimed_index.store.files import new_id
 from isimed_index.store.manifest import Artefact, Manifest, manifest_name, seal, utc_now
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import write_segment
+from isimed_index.store.sql import sandbox
 from isimed_index.store.transaction import Proposal, Transaction
 from isimed_index.store.upkeep.compact import compact
 
@@ -203,18 +205,25 @@ def of_scans(count: int) -> dict[str, float]:
 
 
 def of_rows(count: int) -> dict[str, float]:
-    """SQL over so many patch rows: first on a fresh snapshot, then again on the same."""
+    """SQL over so many patch rows: first on a fresh snapshot, then again on the same, and the memory that it took."""
     with tempfile.TemporaryDirectory() as folder:
         repository = with_rows(Path(folder) / "c", count)
         snapshot = repository.snapshot()
         query = "SELECT scan, avg(foreground) FROM patches WHERE x_mm BETWEEN 100 AND 120 GROUP BY scan"
         first = seconds(lambda: snapshot.sql(query, timeout_s=600), 1)
         again = seconds(lambda: snapshot.sql(query, timeout_s=600), 3)
+        begun = seconds(lambda: snapshot.sql("SELECT * FROM patches LIMIT 10"), 3)
+        counted = seconds(lambda: snapshot.sql("SELECT count(*) FROM patches", timeout_s=600), 1)
+        sandbox._end_all()  # so that the peak of the processes that answered is known
         size = sum((repository.path / s.path / "patches.parquet").stat().st_size for s in snapshot.segments()[:1])
         return {
             "rows": count,
             "sql_patches_first_ms": 1e3 * first[0],
             "sql_patches_ms": 1e3 * statistics.median(again),
+            "sql_limit_10_ms": 1e3 * statistics.median(begun),
+            "sql_count_ms": 1e3 * counted[0],
+            "peak_of_sql_process_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+            "peak_of_own_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "parquet_bytes_of_one_segment": size,
         }
 
@@ -249,7 +258,7 @@ def main() -> int:
     """Print one JSON line a size and the exponents; write all of it to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", default="10,100,1000,10000,100000")
-    parser.add_argument("--rows", default="10000,100000,1000000,10000000")
+    parser.add_argument("--rows", default="10000,100000,1000000,10000000,100000000")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()

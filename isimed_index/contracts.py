@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1  # the newest store format that this version reads and the one it writes
-FEATURES = frozenset({"packed-segments", "tombstones"})  # optional parts of the format that this version knows
+FEATURES = frozenset(
+    {"matches", "packed-segments", "tombstones", "transforms"}
+)  # optional parts of the format that this version knows
 
 SchemaName = Literal["format", "manifest", "card", "tag", "artefact"]
-TableName = Literal["scans", "subjects", "labels", "patches", "charts", "tombstones"]
-ViewName = Literal["patches", "encoders", "segments", "indexes", "generations"]
+TableName = Literal["scans", "subjects", "labels", "transforms", "matches", "patches", "charts", "tombstones"]
+ViewName = Literal["patches", "patch_labels", "encoders", "segments", "indexes", "generations"]
 Metric = Literal["cosine", "l2"]  # how vectors are compared; the card's schema lists the same
 
 

@@ -12,6 +12,7 @@ Boxes may stick out of the volume; what lies outside is padded with the backgrou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,14 +143,46 @@ class PatchGrid:
     def foreground_fraction(self, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Share (len,) of each patch's voxels that are set in `mask` (x, y, z); voxels outside count as not set."""
         self._check_shape(mask)
+        return (self._counts(mask, (0, 0, 0)).ravel() / self.patch**3).astype(np.float32)
+
+    def label_fractions(
+        self, labels: NDArray[np.integer[Any]], numbers: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Which labels but 0 of a map (x, y, z) the patches `numbers` (n,) show, and what share of their voxels.
+
+        Returns places in `numbers` (m,), rising, labels (m,), rising within a patch, and shares (m,) above 0.
+        """
+        self._check_shape(labels)
+        chosen = np.asarray(numbers, dtype=np.int64).ravel()
+        where = np.nonzero(labels)
+        values, which = np.unique(labels[where], return_inverse=True)
+        found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
+        low, high = np.full((3, len(values)), max(self.shape)), np.zeros((3, len(values)), dtype=np.int64)
+        for axis in range(3):
+            np.minimum.at(low[axis], which, where[axis])
+            np.maximum.at(high[axis], which, where[axis])
+        for value, first, last in zip(values.tolist(), low.T.tolist(), high.T.tolist(), strict=True):
+            box = tuple(slice(start, stop + 1) for start, stop in zip(first, last, strict=True))
+            counts = self._counts(labels[box] == value, first).ravel()[chosen]
+            places = np.flatnonzero(counts)
+            found.append((places, np.full(len(places), value), (counts[places] / self.patch**3).astype(np.float32)))
+        if not found:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        rows, label, share = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.lexsort((label, rows))
+        return rows[order], label[order], share[order]
+
+    def _counts(self, mask: NDArray[np.bool_], at: Sequence[int]) -> NDArray[np.int32]:
+        """Set voxels (lattice shape) of each patch; `mask` is a part of the volume that begins at the voxel `at`."""
         counts: NDArray[Any] = mask
-        for axis, (n, count, first) in enumerate(zip(self.shape, self.lattice_shape, self.first_start, strict=True)):
-            starts = first + self.stride * np.arange(count)
+        for axis, (count, first) in enumerate(zip(self.lattice_shape, self.first_start, strict=True)):
+            starts = first + self.stride * np.arange(count) - at[axis]
             padding = [(1, 0) if a == axis else (0, 0) for a in range(3)]
             summed = np.pad(np.cumsum(counts, axis=axis, dtype=np.int32), padding)
+            n = mask.shape[axis]
             upper = summed.take(np.clip(starts + self.patch, 0, n), axis=axis)
             counts = upper - summed.take(np.clip(starts, 0, n), axis=axis)
-        return (counts.ravel() / self.patch**3).astype(np.float32)
+        return counts
 
     def _check_shape(self, volume: NDArray[Any]) -> None:
         if volume.shape != self.shape:

@@ -189,7 +189,7 @@ def read_geometry(segment: Segment) -> ScanGeometry:
 
 def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
     """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit."""
-    patches = segment.patches()
+    patches = segment.patches(("i", "j", "k"))
     content = segment.lattice()
     with _malformed():
         shape, affine = _shape(content["shape"]), _matrix(content["affine"])

@@ -24,7 +24,7 @@ from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound, OutsideScan, StoreWarning, UsageError
 from isimed_index.frame import Chart, Frame, fit_chart, read_frame
 from isimed_index.lattice import Lattice, ScanGeometry, Vectors, read_geometry, read_lattice
-from isimed_index.matches import Matches
+from isimed_index.matches import Asked, Matches
 from isimed_index.space import Affine, Space, apply_affine, from_ras_mm, inverse, to_ras_mm
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
@@ -204,7 +204,7 @@ class Lookup:
             back = self._cycle(source, scan, place, at) if question.cycle else None
             rows.append((not seen, place.distance, scan, subject, place, seen, back))
         rows.sort(key=lambda row: row[:3])
-        return Matches(self._columns(rows[: question.k], space), source.scan)
+        return Matches(self._columns(rows[: question.k], space), self._asked(source, at))
 
     def nearest_patches(
         self, source: Source, point: Sequence[float], space: Space, question: Question, *, exact: bool = False
@@ -219,7 +219,9 @@ class Lookup:
         among = self._rows_within(source, at, targets, question.within_mm)
         index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
         hits = index.search(asked, question.k, among, exact=exact)
-        return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), source.scan)
+        return Matches(
+            self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), self._asked(source, at)
+        )
 
     def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""
@@ -250,6 +252,10 @@ class Lookup:
                 next_step="ask from another scan",
             )
         return np.asarray(stored[np.linalg.norm(places - at, axis=1).argmin()], dtype=np.float32)
+
+    def _asked(self, source: Source, at: Point) -> Asked:
+        x, y, z = map(float, at)
+        return Asked(source.scan, (x, y, z), self.card.id, self.snapshot.generation)
 
     def _locate(self, source: Source, scan: str, at: Point, asked: Vectors) -> Place:
         target = self.lattice(scan)
@@ -355,7 +361,7 @@ def follow(at: Point, a: Lattice, chart_a: Chart, b: Lattice, chart_b: Chart) ->
 
 
 def _centres(segment: Segment) -> NDArray[np.float64]:
-    patches = segment.patches()
+    patches = segment.patches(("x_mm", "y_mm", "z_mm"))
     return np.stack([patches.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1).astype(np.float64)
 
 

@@ -32,16 +32,30 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What an answer belongs to: a point of a scan (None: of a file that is not stored), an encoder, a generation."""
+
+    scan: str | None
+    xyz_mm: tuple[float, float, float]  # RAS+
+    encoder: str  # card id
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Matches:
     """The answers to one question, best first: columns of equal length, rows as views.
 
     `x_mm`, `y_mm`, `z_mm` are always RAS+ mm. Asked in another space, answers also have `x`, `y`, `z` in that one and
-    its name in `space`. A label without a name reads `label 87`. `source` is the id of the scan that the point was
-    given in, also where its file was given; None for a file whose content is not stored.
+    its name in `space`. A label without a name reads `label 87`. `asked` says what was asked, and of what.
     """
 
     columns: dict[str, list[Any]]
-    source: str | None = None
+    asked: Asked
+
+    @property
+    def source(self) -> str | None:
+        """The scan that the point was given in, also where its file was given; None if its content is not stored."""
+        return self.asked.scan
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -20,7 +20,7 @@ from isimed_index.index.card import row_ranges
 from isimed_index.store import files
 from isimed_index.store.manifest import Artefact, listed, load, manifest_name
 from isimed_index.store.repository import Repository
-from isimed_index.store.segment import write_segment
+from isimed_index.store.segment import LABEL_SHARES, write_segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
 
@@ -103,6 +103,7 @@ def patch_rows(scan: str, n: int) -> pa.Table:
             "y_mm": (steps * 3).astype(np.float32),
             "z_mm": (steps * 5).astype(np.float32),
             "foreground": np.full(n, 0.5, np.float32),
+            LABEL_SHARES: pa.array([{1: 0.25, 7: 0.5}] * n, pa.map_(pa.int32(), pa.float32())),
         }
     )
 

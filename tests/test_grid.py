@@ -139,3 +139,18 @@ def test_a_volume_of_another_shape_is_refused():
         grid.extract(np.zeros((4, 4, 5)), [0], 0)
     with pytest.raises(UsageError, match=r"\(3, 4, 4\)"):
         grid.foreground_fraction(np.zeros((3, 4, 4), dtype=bool))
+
+
+@given(grids(), st.integers(0, 1000))
+def test_label_fractions_are_those_of_a_padded_volume(grid, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([0, 0, 0, 3, 7, 500], grid.shape).astype(np.int16)
+    labels[: grid.shape[0] // 2] = 0  # a label need not be everywhere
+    chosen = np.flatnonzero(rng.random(len(grid)) < 0.7)
+    expected = []
+    for place, number in enumerate(chosen):
+        window = extract_patches(labels, grid.starts_vox([number]), grid.patch, fill=0)[0]
+        for label in np.unique(window[window > 0]):
+            expected.append((place, int(label), float(np.float32((window == label).mean()))))
+    found = grid.label_fractions(labels, chosen)
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected

@@ -15,6 +15,7 @@ class Deletable(StrEnum):
 
     SCANS = "scans"
     PATCHES = "patches"
+    MATCHES = "matches"
 
 
 @command("delete", example="isimed delete \"scan = 'sub-13_T1w'\"", rows=True)
@@ -24,7 +25,10 @@ def delete(
         str | None, typer.Argument(metavar="[SQL]", help="Condition over the view that --from names.")
     ] = None,
     what: Annotated[
-        Deletable, typer.Option("--from", help="Delete whole scans with all that belongs to them, or single patches.")
+        Deletable,
+        typer.Option(
+            "--from", help="Delete whole scans with all that belongs to them, single patches, or kept answers."
+        ),
     ] = Deletable.SCANS,
     encoder: Annotated[
         str | None,
@@ -32,7 +36,7 @@ def delete(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
-    """Delete scans, patches or an encoder.
+    """Delete scans, patches, kept answers or an encoder.
 
     Older generations still hold them: `isimed restore` brings them back until `isimed gc` has taken these.
     To erase a patient for good: `isimed purge`.
@@ -48,13 +52,14 @@ def delete(
     if encoder is not None:
         done = store.delete_encoder(encoder, dry_run)
     else:
-        done = store.delete(str(where), "scans" if what is Deletable.SCANS else "patches", dry_run)
+        done = store.delete(str(where), what.value, dry_run)
     show_fields(
         {
             "scans": list(done.scans),
             "subjects": done.subjects,
             "patches": done.patches,
             "encoders": list(done.encoders),
+            "matches": done.matches,
             "generation": done.generation,
         },
         session.format,

@@ -32,6 +32,9 @@ def query(
     patches: Annotated[
         bool, typer.Option("--patches", help="The raw nearest patches instead of one match per scan.")
     ] = False,
+    keep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Store the answer under this name, for SQL over matches.")
+    ] = None,
 ) -> None:
     """Find a point of one scan in all the others.
 
@@ -42,7 +45,7 @@ def query(
     """
     from isimed_cli.render import show_table
 
-    store = session.open()
+    store = session.open(mode="r" if keep is None else "a")
     ask = store.search_patches if patches else store.lookup
     matches = ask(
         point=point,
@@ -62,6 +65,8 @@ def query(
     if not table.num_rows:
         limits = [name for name, value in (("--where", where), ("--within", within)) if value is not None]
         session.note(nothing_found(same_subject, limits))
+    if keep is not None and table.num_rows:
+        store.keep(matches, keep)
     show_table(table, session.format, session.out)
 
 

@@ -90,7 +90,7 @@ def parse_parameter(text: str) -> tuple[str, Value]:
 
     Single quotes around a value make it text whatever it says, as in SQL: `'40'`, `'null'`.
     """
-    from isimed_index.scans.metadata import plain_number
+    from isimed_index.scans.tables import plain_number
 
     name, equals, value = text.partition("=")
     if not equals or not name:

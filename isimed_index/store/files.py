@@ -22,6 +22,7 @@ TMP = "tmp"
 COPY = ".copy"  # behind the name of a published document: the same bytes once more
 CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
+REFERENCE = "reference.json"  # of a reference: where it comes from
 REPAIR = "isimed check, then isimed repair"
 RESTORE = "restore the store from a backup, or add its files to a new one"  # no command mends what is not derived
 FOLDERS = {
@@ -31,6 +32,7 @@ FOLDERS = {
     "table": "tables",
     "frame": "frames",
     "index": "indexes",
+    "reference": "references",
     "tombstone": "tombstones",
 }  # where artefacts of each kind live
 SUFFIXES = {"scan": ".zarr", "table": ".parquet", "tombstone": ".parquet"}

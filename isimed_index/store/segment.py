@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PATCHES = "patches.parquet"
 ROW_IDS = "row_ids.npy"
+LABEL_SHARES = "label_shares"  # a column of patches.parquet where the scan has a label map: label → its share
 LATTICE = "lattice.json"
 PART = ("scan_artefact", "grid", "task", "first_row_id")  # what a part says of itself, packed or not
 _OUTPUT_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -200,6 +201,17 @@ class Segment:
                 f"{PATCHES} of a segment has {table.num_rows} rows, expected {self.stored_rows}", next_step=REPAIR
             )
         return table if self._all else table.filter(pa.array(self._keep(self._stored_row_ids())))
+
+    def patch_columns(self) -> pa.Schema:
+        """Which columns its patch rows have."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_schema(self.verified() / PATCHES)
+        except (OSError, pa.ArrowException) as error:
+            spare(error, PATCHES)
+            raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=REPAIR) from None
 
     def lattice(self) -> dict[str, Any]:
         """What `lattice.json` says of this segment; `StoreDamaged` when it cannot be read."""

@@ -11,7 +11,7 @@ import difflib
 import json
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 
     from isimed_index.store.segment import Segment
 
-StoredTable = Literal["scans", "subjects", "labels"]
+StoredTable = Literal["scans", "subjects", "labels", "transforms", "matches"]
 STORED_TABLES: tuple[StoredTable, ...] = get_args(StoredTable)
+SCAN_COLUMNS: Mapping[StoredTable, tuple[str, ...]] = {  # rows that name a scan in one of these go when it goes
+    "scans": ("scan",),
+    "labels": ("scan",),
+    "transforms": ("scan",),
+    "matches": ("from_scan", "scan"),
+}
 
 
 class Snapshot:
@@ -90,7 +96,7 @@ class Snapshot:
         return verify(self.storage, artefact)
 
     def table(self, name: StoredTable) -> pa.Table:
-        """All rows of `scans`, `subjects` or `labels` in commit order; the contract's columns come first."""
+        """All rows of a stored table in commit order; the contract's columns come first."""
         if name not in self._tables:
             self._tables[name] = self._read_table(name)
         return self._tables[name]
@@ -272,13 +278,19 @@ class Snapshot:
 
         return run(self, query, params, timeout_s)
 
-    def matching(self, view: StoredTable | ViewName, where: str | None, timeout_s: float = 30.0) -> pa.Table:
-        """The rows of a view that an SQL condition keeps (None: all); `SqlRefused` if it is no condition."""
+    def matching(
+        self,
+        view: StoredTable | ViewName,
+        where: str | None,
+        columns: Sequence[str] | None = None,
+        timeout_s: float = 30.0,
+    ) -> pa.Table:
+        """Rows of a view (all columns, or some) that an SQL condition keeps (None: all); `SqlRefused` if it is none."""
         from isimed_index.store.sql.catalog import matching
 
-        if where is None and view in STORED_TABLES:
+        if where is None and columns is None and view in STORED_TABLES:
             return self.table(view)
-        return matching(self, view, "true" if where is None else where, timeout_s)
+        return matching(self, view, "true" if where is None else where, columns, timeout_s)
 
 
 def _not_found(what: str, asked: str, known: list[str], listing: str) -> NotFound:

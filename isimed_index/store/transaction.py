@@ -40,8 +40,10 @@ _LONGEST_WAIT_S = 0.5
 _MOST_ROWS = 1 << 24  # that one commit gives ids to
 _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
 _FEATURES: Mapping[str, Callable[[Artefact], bool]] = {  # what a reader must know to read a generation rightly
+    "matches": lambda artefact: artefact.fields.get("table") == "matches",
     "packed-segments": lambda artefact: "parts" in artefact.fields,
     "tombstones": lambda artefact: artefact.kind == "tombstone",
+    "transforms": lambda artefact: artefact.kind == "reference" or artefact.fields.get("table") == "transforms",
 }
 
 
@@ -52,7 +54,7 @@ class Proposal:
     add: Sequence[Artefact] = ()  # from `Transaction.add`
     drop: Sequence[str] = ()  # paths of artefacts that the next generation no longer names
     drop_segments: Sequence[Segment] = ()  # of the head; of a packed one, that part alone
-    tables: Mapping[StoredTable, pa.Table] = field(default_factory=dict)  # rows to append to scans, subjects, labels
+    tables: Mapping[StoredTable, pa.Table] = field(default_factory=dict)  # rows to append
     rewrite: Mapping[StoredTable, pa.Table] = field(default_factory=dict)  # all rows of a table, in place of its pieces
     buried: Sequence[str] = ()  # paths of tombstones whose rows the packed segments in `add` were written without
     become: Manifest | None = None  # an older generation whose artefacts the next one has; nothing else then

@@ -19,7 +19,8 @@ from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql import catalog
 
-VIEWS = ["encoders", "generations", "indexes", "labels", "patches", "scans", "segments", "subjects"]
+VIEWS = ["encoders", "generations", "indexes", "labels", "matches", "patch_labels", "patches", "scans", "segments"]
+VIEWS += ["subjects", "transforms"]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_all_views_are_listed(snapshot: Snapshot) -> None:
     assert snapshot.sql("SHOW TABLES").column("name").to_pylist() == VIEWS
 
 
-@pytest.mark.parametrize("view", ["patches", "encoders", "segments", "indexes", "generations"])
+@pytest.mark.parametrize("view", ["patches", "patch_labels", "encoders", "segments", "indexes", "generations"])
 def test_views_have_the_columns_of_the_contract_full_or_empty(
     snapshot: Snapshot, tmp_path: Path, view: contracts.ViewName
 ) -> None:
@@ -89,7 +90,7 @@ def test_joins_and_parameters(snapshot: Snapshot) -> None:
     [
         "SELECT count(*) FROM query_table('pat' || 'ches')",
         "SELECT * FROM query('SELECT count(*) FROM pat' || 'ches')",
-        "SELECT estimated_size FROM duckdb_tables() WHERE table_name LIKE 'pat%'",
+        "SELECT estimated_size FROM duckdb_tables() WHERE table_name LIKE 'pat%ches'",
         "FROM patches SELECT count(*)",
     ],
 )

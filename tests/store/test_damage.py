@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from cohorts import write_nifti
 from store_builders import ENCODER, add_encoder, add_frame, add_segment, copy_of
@@ -18,7 +19,11 @@ from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
 from isimed_index.index.card import row_ranges
 from isimed_index.index.plan import build_index
 from isimed_index.index.search import LiveIndex
+from isimed_index.register.align import Alignment
+from isimed_index.register.reference import Reference, read_reference, write_reference
+from isimed_index.register.rows import Registered, row_of
 from isimed_index.scans.chunks import open_chunks
+from isimed_index.scans.scan import Scan
 from isimed_index.store import integrity
 from isimed_index.store.files import FOLDERS, FORMAT, HEAD, MANIFESTS, TAGS
 from isimed_index.store.repository import Repository
@@ -49,6 +54,32 @@ def add_images(repository: Repository, images: list[Path]) -> None:
     isi.api.Store(repository).add(images, labels="{stem}_seg.nii.gz")
 
 
+def add_transforms(repository: Repository) -> None:
+    """Commit a mean image of two scans, their transforms to it, and a kept answer."""
+    head = repository.snapshot()
+    image = Scan("reference", np.arange(60, dtype=np.int16).reshape(5, 4, 3), np.diag([4.0, 4.0, 4.0, 1.0]), slope=0.1)
+    made_from = tuple(head.voxels_of[scan] for scan in ("sub-01", "sub-02"))
+    mean = Reference("a1b2c3d4e5f6", "mean", "rigid", 1, 4.0, made_from, image, image.voxels > 7)
+    found = Alignment(np.diag([1.0, 1.0, 1.0, 1.0]), 0.5, 0.7, 0.9)
+    rows = [row_of(Registered(s, head.voxels_of[s], found, np.ones(3), 1), mean.id, "rigid", "s") for s in PATCHES]
+    match = {"question": "q", "rank": 1, "from_scan": "sub-01", "scan": "sub-02", "encoder": ENCODER, "generation": 3}
+    match |= dict.fromkeys([f"{a}_mm" for a in ("from_x", "from_y", "from_z", "x", "y", "z")], 1.5) | {"time": "now"}
+    with repository.transaction("register") as transaction:
+        path = transaction.stage("reference")
+        write_reference(path, mean)
+        artefact = transaction.add("reference", path, reference=mean.id)
+        tables = {"transforms": pa.Table.from_pylist(rows), "matches": pa.Table.from_pylist([match])}
+        transaction.commit(lambda _: Proposal([artefact], tables=tables))
+
+
+def reference(snapshot: Snapshot) -> Any:
+    """The mean image and what it is made from; None when it was dropped."""
+    for artefact in snapshot.artefacts("reference"):
+        found = read_reference(snapshot.verified(artefact))
+        return found.made_from, found.image.voxels.tolist(), found.compared.tolist()
+    return None
+
+
 def add_real_index(repository: Repository) -> None:
     """Commit a FAISS index over all segments."""
     segments = repository.snapshot().segments(ENCODER)
@@ -76,6 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_images(repository, [third])
     add_segment(repository, "sub-03", PATCHES["sub-03"])
     delete_patches(repository, "scan = 'sub-01' AND i = 2")
+    add_transforms(repository)
     add_frame(repository, "sub-01")
     add_real_index(repository)
     return root
@@ -102,7 +134,10 @@ QUESTIONS: dict[str, Callable[[Snapshot], Any]] = {
     "scans": rows("scans"),
     "subjects": rows("subjects"),
     "labels": rows("labels"),
-    **{name: view(name) for name in ("patches", "encoders", "segments", "indexes", "generations")},
+    "transforms": rows("transforms"),
+    "matches": rows("matches"),
+    **{name: view(name) for name in ("patches", "patch_labels", "encoders", "segments", "indexes", "generations")},
+    "reference": reference,
     "sql": lambda snapshot: snapshot.sql("SELECT count(*) AS n, max(cx_mm) AS far FROM patches").to_pylist(),
     "vectors": lambda snapshot: [
         segment.vectors(output).tolist() for segment in snapshot.segments(ENCODER) for output in OUTPUTS
@@ -266,12 +301,15 @@ def assert_repaired(store: Path, broken: Path, truth: Answers, images: Path) -> 
     assert set(PATCHES) - encoded == lacking
     for scan in sorted(lacking):
         head = add_segment(repository, scan, PATCHES[scan])
-    for name in ("scans", "subjects", "labels"):
-        if name != "labels" or "labels" not in done.rows_lost:
+    for name in ("scans", "subjects", "labels", "transforms", "matches"):
+        if name in ("transforms", "matches") and done.add_again:
+            continue  # their rows went with the scan
+        if name in ("scans", "subjects") or name not in done.rows_lost:
             assert unordered(QUESTIONS[name](head), "artefact") == unordered(truth[name][0], "artefact")
     if "sub-01" not in lacking:  # when it is encoded again, the patch that was deleted from it is there again
         made = ("patch", "cx_mm", "cy_mm", "cz_mm")
         assert unordered(QUESTIONS["patches"](head), *made) == unordered(truth["patches"][0], *made)
+        assert unordered(QUESTIONS["patch_labels"](head), "patch") == unordered(truth["patch_labels"][0], "patch")
     assert sorted(QUESTIONS["voxels"](head)) == sorted(truth["voxels"][0])
 
 

@@ -462,3 +462,36 @@ def test_what_the_system_refuses_costs_nothing(repository: Repository):
     assert not (repository.path / "quarantine").exists()
     assert {path: path.read_bytes() for path in before} == before
     assert repository.head() == 7
+
+
+def test_rows_of_a_deleted_scan_are_not_given_to_the_next_of_its_name(tmp_path: Path) -> None:
+    """An id may be used again: what older generations say of it is of other voxels then."""
+    repository = Repository.create(tmp_path / "c")
+    add_scan(repository, FIRST)
+    add_rows(repository, labels={"scan": [FIRST, SECOND], "label": [1, 1]})
+    delete_scans(repository, f"scan = '{FIRST}'")
+    add_scan(repository, FIRST)
+    add_scan(repository, SECOND)
+    add_rows(repository, labels={"scan": [SECOND], "label": [2]})
+    add_rows(repository, labels={"scan": [FIRST], "label": [3]})
+    flip(repository.path / repository.snapshot().artefacts("table")[-1].path)
+    done = repair(repository)
+    assert done.rows_lost["labels"] == 1
+    assert [row["label"] for row in repository.snapshot().table("labels").to_pylist() if row["scan"] == FIRST] == []
+
+
+def add_rows(repository: Repository, **tables: dict[str, list[object]]) -> None:
+    """Commit rows of labels of some scans, with a volume of one voxel each."""
+    with repository.transaction("add") as transaction:
+        rows = {
+            name: pa.table(
+                {
+                    **columns,
+                    "voxels": [1] * len(columns["scan"]),
+                    "volume_mm3": [1.0] * len(columns["scan"]),
+                    **{f"{axis}_mm": [0.0] * len(columns["scan"]) for axis in "xyz"},
+                }
+            )
+            for name, columns in tables.items()
+        }
+        transaction.commit(lambda head: Proposal(tables=rows))

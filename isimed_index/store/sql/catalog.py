@@ -1,6 +1,6 @@
 """Read-only SQL over one pinned generation: the views, and what is said when a query is refused.
 
-Views: `scans`, `subjects`, `labels` (the stored tables), `patches`, `encoders`, `segments`, `indexes`, `generations`
+Views: the stored tables, `patches`, `patch_labels`, `encoders`, `segments`, `indexes`, `generations`
 (columns in `isimed_schemas/views`). The ones that a query names are sent to a process of its own (see `sandbox`), as
 tables of a database in memory, which is then locked: no external access, no configuration, no spilling, one statement
 of SELECT, EXPLAIN, DESCRIBE or SHOW, a memory limit and a time-out. What a query could change is that copy.
@@ -15,26 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from isimed_index.contracts import ViewName, arrow_schema, view_schema
-from isimed_index.errors import SqlRefused, StoreDamaged, StoreUnreadable, StoreWarning, UsageError
+from isimed_index.errors import SqlRefused, StoreUnreadable, StoreWarning, UsageError
 from isimed_index.store.manifest import Artefact, history
-from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.sql import sandbox
+from isimed_index.store.sql.patches import patch_labels_view, patches_view
+from isimed_index.store.sql.sandbox import Large
+from isimed_index.store.sql.wire import Refusal, Request
 
 QUERY_BYTES = 1 << 30  # what a query may use beyond the tables it reads, and what its result may hold
 _QUERY_CHARACTERS = 1_000_000
 _MESSAGE = 300  # characters of what DuckDB says that a person reads
-_MADE = ("patch", "encoder", "cx_mm", "cy_mm", "cz_mm")  # columns of `patches` that no segment stores
-_KEPT_BYTES = 256 << 20
-_kept_patches: WeakKeyDictionary[Snapshot, pa.Table] = WeakKeyDictionary()  # a pinned generation does not change
 # Ways to name a table without spelling it, or to ask about all of them: then every view is filled.
 _INDIRECT = re.compile(
     r"query|json_execute|information_schema|duckdb_|pragma_|\bpg_|sqlite_|show\s+all|\\|U&", re.IGNORECASE
@@ -53,15 +49,18 @@ def run(snapshot: Snapshot, query: str, params: Mapping[str, Any] | None, timeou
     if unused:
         raise SqlRefused(f"the query has no ${unused[0]}", next_step=f"leave out -p {unused[0]}")
     values = pa.table({name: _parameter(name, value) for name, value in (params or {}).items()})
-    return _answer(snapshot, query, sandbox.Request(query, values, None, timeout_s, QUERY_BYTES))
+    return _answer(snapshot, query, Request(query, values, None, timeout_s, QUERY_BYTES))
 
 
-def matching(snapshot: Snapshot, view: StoredTable | ViewName, where: str, timeout_s: float) -> pa.Table:
-    """The rows of a view that an SQL condition keeps; `SqlRefused` when it is anything else than a condition."""
-    return _answer(snapshot, f"{view} {where}", sandbox.Request(where, pa.table({}), view, timeout_s, QUERY_BYTES))
+def matching(
+    snapshot: Snapshot, view: StoredTable | ViewName, where: str, columns: Sequence[str] | None, timeout_s: float
+) -> pa.Table:
+    """The rows of a view (all columns, or some) that an SQL condition keeps; `SqlRefused` when it is no condition."""
+    chosen = None if columns is None else list(columns)
+    return _answer(snapshot, f"{view} {where}", Request(where, pa.table({}), view, timeout_s, QUERY_BYTES, chosen))
 
 
-def _answer(snapshot: Snapshot, mentioned: str, request: sandbox.Request) -> pa.Table:
+def _answer(snapshot: Snapshot, mentioned: str, request: Request) -> pa.Table:
     """What a locked database that holds the views named in `mentioned` says."""
     if len(mentioned) > _QUERY_CHARACTERS:
         raise SqlRefused(
@@ -71,7 +70,7 @@ def _answer(snapshot: Snapshot, mentioned: str, request: sandbox.Request) -> pa.
     if not request.timeout_s > 0:
         raise UsageError(f"expected a time-out above 0 s, found {request.timeout_s:g}")
     answer = sandbox.ask(request, lambda: _tables(snapshot, mentioned), QUERY_BYTES)
-    if isinstance(answer, sandbox.Refusal):
+    if isinstance(answer, Refusal):
         raise _refused(answer, request)
     return answer
 
@@ -91,7 +90,7 @@ def _parameter(name: str, value: Any) -> pa.Array:
     return column
 
 
-def _refused(refusal: sandbox.Refusal, request: sandbox.Request) -> SqlRefused:
+def _refused(refusal: Refusal, request: Request) -> SqlRefused:
     """A refusal in one line that says how to go on, without places of this machine."""
     if refusal.kind == "time":
         return SqlRefused(f"the query ran past {request.timeout_s:g} s", next_step="ask for less or raise the time-out")
@@ -99,6 +98,8 @@ def _refused(refusal: sandbox.Refusal, request: sandbox.Request) -> SqlRefused:
         return SqlRefused(f"the query needs more than {QUERY_BYTES >> 20} MiB", next_step="read less, or aggregate")
     if refusal.kind == "size":
         return SqlRefused(f"the result is larger than {QUERY_BYTES >> 20} MiB", next_step="add a LIMIT or aggregate")
+    if refusal.kind == "load":
+        return SqlRefused(refusal.message, next_step="name fewer columns, add a LIMIT, or ask on a larger machine")
     if refusal.kind == "reading":
         return SqlRefused(refusal.message, next_step="send one statement that only reads")
     if refusal.kind == "PermissionException" or _FILES.search(refusal.message):
@@ -123,7 +124,7 @@ def _next_step(message: str, asked: str) -> str:
     return "isimed sql --help" if message.startswith("Parser Error") else 'isimed sql "SHOW TABLES"'
 
 
-def _tables(snapshot: Snapshot, query: str) -> dict[str, pa.Table]:
+def _tables(snapshot: Snapshot, query: str) -> dict[str, pa.Table | Large]:
     """Every view by name: filled where `query` may read it, else empty so that SHOW TABLES lists it."""
     everything = _INDIRECT.search(query) is not None
     return {
@@ -134,77 +135,6 @@ def _tables(snapshot: Snapshot, query: str) -> dict[str, pa.Table]:
 
 def _empty(name: Any) -> pa.Table:
     return (arrow_schema(name) if name in STORED_TABLES else view_schema(name)).empty_table()
-
-
-def _patches(snapshot: Snapshot) -> pa.Table:
-    """Rows of all segments; kept with the snapshot for the next query unless they are many."""
-    table = _kept_patches.get(snapshot)
-    if table is None:
-        table = _all_patches(snapshot, snapshot.segments()).combine_chunks()
-        if table.nbytes <= _KEPT_BYTES:
-            _kept_patches[snapshot] = table
-    return table
-
-
-def _all_patches(snapshot: Snapshot, segments: Sequence[Segment]) -> pa.Table:
-    """Stored columns with row id, encoder, and canonical centres where the scan has a chart."""
-    schema = view_schema("patches")
-    empty = schema.empty_table().select([name for name in schema.names if name not in _MADE])
-    pieces = [segment.patches() for segment in segments]
-    rows = pa.concat_tables([empty, *pieces], promote_options="permissive")
-    counts = [piece.num_rows for piece in pieces]
-    made = {
-        "patch": np.concatenate([np.empty(0, np.int64), *(segment.row_ids for segment in segments)]),
-        "encoder": pa.array([segment.encoder for segment in segments], pa.string()).take(
-            pa.array(np.repeat(np.arange(len(counts)), counts))
-        ),
-        **_canonical(rows, _segment_charts(snapshot, segments), counts),
-    }
-    columns = [pa.array(made[field.name], field.type) if field.name in made else rows[field.name] for field in schema]
-    extra = [name for name in rows.column_names if name not in schema.names]
-    fields = [*schema, *(rows.schema.field(name) for name in extra)]
-    return pa.table([*columns, *(rows[name] for name in extra)], schema=pa.schema(fields))
-
-
-def _canonical(rows: pa.Table, charts: NDArray[np.float64], counts: Sequence[int]) -> dict[str, pa.Array]:
-    """Canonical centres by column, from charts (segments, 3, 4) of which those that are unknown hold NaN."""
-    xyz = [rows[name].to_numpy().astype(np.float64) for name in ("x_mm", "y_mm", "z_mm")]
-    made = {}
-    for axis, name in enumerate(("cx_mm", "cy_mm", "cz_mm")):
-        cells = np.repeat(charts[:, axis], counts, axis=0)  # (n, 4)
-        centres = sum((cells[:, column] * xyz[column] for column in range(3)), cells[:, 3])
-        made[name] = pa.array(centres, view_schema("patches").field(name).type, from_pandas=True)  # NaN is null
-    return made
-
-
-def _segment_charts(snapshot: Snapshot, segments: Sequence[Segment]) -> NDArray[np.float64]:
-    """The affine of each segment's scan (segments, 3, 4), NaN where it has none."""
-    charts = {encoder: _charts(snapshot, encoder) for encoder in {segment.encoder for segment in segments}}
-    unknown = np.full((3, 4), np.nan)
-    found = [
-        charts[segment.encoder].get(snapshot.scan_of.get(segment.scan_artefact, ""), unknown) for segment in segments
-    ]
-    return np.stack([unknown, *found])[1:]
-
-
-def _charts(snapshot: Snapshot, encoder_id: str) -> dict[str, Any]:
-    """By scan id: the affine (3, 4) from patient RAS+ mm to canonical mm."""
-    path = snapshot.frame_path(encoder_id)
-    if path is None:
-        return {}
-    try:
-        table = pq.read_table(path / "charts.parquet", partitioning=None)
-        cells = [table.column(f"a{row}{column}").to_numpy() for row in range(3) for column in range(4)]
-        scans = table.column("scan").to_pylist()
-        fitted = table.column("voxels").to_pylist() if "voxels" in table.column_names else [None] * len(scans)
-    except (OSError, KeyError, pa.ArrowException):
-        raise StoreDamaged("the charts of a frame cannot be read", next_step="isimed index") from None
-    affines = np.stack(cells, axis=1).astype(np.float64).reshape(-1, 3, 4)
-    return {
-        scan: affine
-        for scan, affine, voxels in zip(scans, affines, fitted, strict=True)
-        if voxels in (None, snapshot.voxels_of.get(scan))  # else another scan has the id now
-    }
 
 
 def _encoders(snapshot: Snapshot) -> pa.Table:
@@ -287,16 +217,12 @@ def _ulid(artefact: Artefact) -> str:
     return artefact.path.split("/")[1]
 
 
-_VIEWS: Mapping[str, Callable[[Snapshot], pa.Table]] = {
+_VIEWS: Mapping[str, Callable[[Snapshot], pa.Table | Large]] = {
     **{name: partial(Snapshot.table, name=name) for name in STORED_TABLES},
-    "patches": _patches,
+    "patches": patches_view,
+    "patch_labels": patch_labels_view,
     "encoders": _encoders,
     "segments": _segments,
     "indexes": _indexes,
     "generations": _generations,
 }
-
-
-def patch_rows(snapshot: Snapshot, segments: Sequence[Segment]) -> pa.Table:
-    """The rows of the view `patches` that some segments hold, in their order."""
-    return _all_patches(snapshot, segments)

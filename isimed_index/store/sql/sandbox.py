@@ -1,11 +1,12 @@
 """A process of its own for SQL, whose limits the kernel keeps: DuckDB's own hold neither in time nor in memory.
 
-    ask ── request, Arrow tables ──▶ stdin ─▶ DuckDB in memory, locked: no files, no settings, one reading statement
+    ask ── request, Arrow tables ──▶ stdin ─▶ `engine`: DuckDB in memory, locked: no files, no settings, one statement
      ▲                                          │  SIGALRM at the time-out; RLIMIT_DATA, RLIMIT_FSIZE, RLIMIT_NOFILE
      └── Arrow batches or a refusal ◀── stdout ─┘
 
 An engine starts in about 0.25 s and then answers one question after another, each in a new database. One that ran past
-a limit is ended with its question. It has an empty environment and no way to the store: the tables are sent to it.
+a limit is ended with its question. It has an empty environment and no way to the store: the tables are sent to it, and
+of large ones only the columns that the plan of the query reads.
 """
 
 from __future__ import annotations
@@ -14,77 +15,52 @@ import atexit
 import contextlib
 import json
 import os
-import re
-import resource
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 
-_BATCH_ROWS = 1 << 16
+from isimed_index.store.sql import wire
+from isimed_index.store.sql.wire import Need, Refusal, Request
+
 _KEPT = 2  # idle engines a process keeps for its next questions
-_LEAN = 256 << 20  # bytes that an engine may still hold after an answer; one that holds more is not kept
-_SLACK = 512 << 20  # bytes beyond DuckDB's own limit, for what it allocates without counting
-_LENGTH = struct.Struct(">Q")
-_FRAME = struct.Struct(">cQ")  # kind and length of what follows
-_ROWS, _END, _REFUSED = b"R", b"E", b"X"
-_START = "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.store.sql.sandbox import serve; serve()"
-_LONGEST_S = 1e6  # a timer takes no more
-_MESSAGE = 2000  # characters kept of what DuckDB says
-_NO_MEMORY = re.compile(r"out of memory|bad_alloc|malloc of size|failed to allocate", re.IGNORECASE)
-_ALLOWED = ("SELECT", "EXPLAIN")  # DESCRIBE, SHOW, SUMMARIZE, VALUES and FROM count as SELECT
-_NOWHERE = "/nonexistent"  # in place of folders of the user's home, which a query could otherwise read out
-_CONFIG = {
-    "python_enable_replacements": "false",  # a name must never mean a Python variable
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "allow_community_extensions": "false",
-    "secret_directory": _NOWHERE,
-    "extension_directory": _NOWHERE,
-    "temp_directory": "",
-}
+_START = "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.store.sql.engine import serve; serve()"
+_LOADED_SHARE = 0.7  # of the memory that is free: what the columns of large tables may take
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One question: a statement (`view` None), or a condition that chooses rows of `view`."""
+class Large:
+    """A table that is read piece by piece: its schema, its rows, and batches of some columns of its first rows."""
 
-    sql: str
-    params: pa.Table  # one row, a column each
-    view: str | None
-    timeout_s: float
-    memory_bytes: int  # beyond the tables sent along
+    schema: pa.Schema
+    rows: int
+    read: Callable[[Need], Iterable[pa.RecordBatch]]
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why there is no answer: `kind` is memory, time, size, crash, or the name of DuckDB's exception."""
-
-    kind: str
-    message: str = ""
+Tables = Mapping[str, pa.Table | Large]
 
 
-def ask(request: Request, tables: Callable[[], Mapping[str, pa.Table]], result_bytes: int) -> pa.Table | Refusal:
+def ask(request: Request, tables: Callable[[], Tables], result_bytes: int) -> pa.Table | Refusal:
     """The rows that answer a request; `tables` is called while a new engine starts."""
     engine = _taken()
     kept = False
     try:
-        answer, kept = _asked(engine, request, tables(), result_bytes)
-        return answer
+        given = tables()
+        answer, kept = _asked(engine, request, given, result_bytes)
     finally:
         idle = _idle()
         if kept and len(idle) < _KEPT:
             idle.append(engine)
         else:
             _end(engine)
+    if isinstance(answer, Refusal) and answer.kind == wire.UNLOADED and not request.everything:
+        return ask(replace(request, everything=True), lambda: given, result_bytes)
+    return answer
 
 
 _engines: dict[int, list[subprocess.Popen[bytes]]] = {}  # by process: after a fork, those of the parent are not ours
@@ -129,7 +105,7 @@ def _end_all() -> None:
 
 
 def _asked(
-    engine: subprocess.Popen[bytes], request: Request, tables: Mapping[str, pa.Table], result_bytes: int
+    engine: subprocess.Popen[bytes], request: Request, tables: Tables, result_bytes: int
 ) -> tuple[pa.Table | Refusal, bool]:
     """The answer, and whether the engine can take the next question."""
     assert engine.stdin is not None
@@ -139,15 +115,20 @@ def _asked(
     try:
         _send(engine.stdin, request, tables)
         while True:
-            kind, length = _FRAME.unpack(_exactly(engine.stdout, _FRAME.size))
-            if kind == _ROWS:
+            kind, length = wire.FRAME.unpack(wire.exactly(engine.stdout, wire.FRAME.size))
+            if kind == wire.ROWS:
                 size += length
                 if size > result_bytes:
                     return Refusal("size"), False
-                pieces.append(pa.ipc.open_stream(_exactly(engine.stdout, length)).read_all())
+                pieces.append(pa.ipc.open_stream(wire.exactly(engine.stdout, length)).read_all())
                 continue
-            kept, *why = json.loads(_exactly(engine.stdout, length))
-            return (Refusal(*why) if kind == _REFUSED else pa.concat_tables(pieces)), kept
+            content = json.loads(wire.exactly(engine.stdout, length))
+            if kind == wire.NEEDS:
+                if too_much := _send_large(engine.stdin, tables, {name: Need(*need) for name, need in content.items()}):
+                    return too_much, False
+                continue
+            kept, *why = content
+            return (Refusal(*why) if kind == wire.REFUSED else pa.concat_tables(pieces)), kept
     except (BrokenPipeError, EOFError):
         return _how_it_ended(engine.wait()), False
 
@@ -160,142 +141,48 @@ def _how_it_ended(code: int) -> Refusal:
     return Refusal("crash", f"the SQL engine stopped with code {code}")
 
 
-def _send(stream: IO[bytes], request: Request, tables: Mapping[str, pa.Table]) -> None:
-    plain = {key: value for key, value in asdict(request).items() if key != "params"}
-    header = json.dumps([plain, list(tables)]).encode()
-    stream.write(_LENGTH.pack(len(header)) + header)
-    for table in (request.params, *tables.values()):
+def _send(stream: IO[bytes], request: Request, tables: Tables) -> None:
+    whole = {name: table for name, table in tables.items() if not isinstance(table, Large)}
+    large = {name: table for name, table in tables.items() if isinstance(table, Large)}
+    stream.write(wire.header(request, list(whole), list(large)))
+    for table in (request.params, *whole.values()):
         with pa.ipc.new_stream(stream, table.schema) as writer:
             writer.write_table(table)
+    for table in large.values():
+        pa.ipc.new_stream(stream, table.schema).close()
     stream.flush()
 
 
-def _exactly(stream: IO[bytes], length: int) -> bytes:
-    content = stream.read(length)
-    if len(content) < length:
-        raise EOFError
-    return content
-
-
-def serve() -> None:
-    """The engine's main loop: answer requests from stdin until it closes."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-        resource.setrlimit(limit, (0, 0))  # not a byte to any file; pipes are none
-    requests, answers = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not mix with answers
-    trial = Request("SELECT $n AS n", pa.table({"n": [1]}), None, timeout_s=60.0, memory_bytes=1 << 30)
-    for _ in _answer(trial, {}):
-        pass  # what DuckDB loads on first use is loaded now, because later no file can be opened
-    at_rest = _held("VmRSS")
-    while requests.peek(1):
-        plain, names = json.loads(_exactly(requests, *_LENGTH.unpack(_exactly(requests, _LENGTH.size))))
-        request = Request(params=pa.ipc.open_stream(requests).read_all(), **plain)
-        tables = {name: partial(pa.ipc.open_stream, requests) for name in names}
-        refusal = None
-        try:
-            for rows in _answer(request, tables):
-                _put(answers, _ROWS, rows)
-        except Exception as error:  # noqa: BLE001 — whatever a query brings about is a refusal of that query
-            refusal = _refusal(error)
-        kept = _held("VmRSS") < at_rest + _LEAN and (refusal is None or refusal.kind != "memory")
-        why = () if refusal is None else (refusal.kind, refusal.message)
-        _put(answers, _END if refusal is None else _REFUSED, json.dumps([kept, *why]).encode())
-
-
-def _answer(request: Request, tables: Mapping[str, Callable[[], Any]]) -> Iterator[pa.Buffer]:
-    """The answer as Arrow streams, the first without rows, from a locked database that holds `tables`."""
-    import duckdb
-
-    with duckdb.connect(":memory:", config=_CONFIG) as connection:
-        for name, read in tables.items():
-            connection.register("incoming", read())
-            connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM incoming')
-            connection.unregister("incoming")
-        used = connection.execute("SELECT sum(memory_usage_bytes) FROM duckdb_memory()").fetchone()[0]
-        connection.execute(f"SET memory_limit = '{int(used) + request.memory_bytes} B'")
-        connection.execute("SET enable_progress_bar = false")
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
-        with _limits(request.timeout_s, request.memory_bytes + _SLACK):
-            if request.view is None:
-                values = request.params.to_pylist()[0] if request.params.num_columns else None
-                relation = connection.sql(_one_statement(connection, request.sql), params=values)
-            else:
-                relation = _filtered(connection.table(request.view), request.sql)
-            reader = relation.to_arrow_reader(_BATCH_ROWS)
-            yield _stream(reader.schema)
-            for batch in reader:
-                yield _stream(reader.schema, batch)
-
-
-@contextmanager
-def _limits(timeout_s: float, memory_bytes: int) -> Iterator[None]:
-    """Within it no file can be opened and so much memory taken; past the time-out the kernel ends the process."""
-    soft = {resource.RLIMIT_DATA: _held("VmData") + memory_bytes, resource.RLIMIT_NOFILE: 0}
-    before = {limit: resource.getrlimit(limit) for limit in soft}
-    try:
-        for limit, value in soft.items():
-            hard = before[limit][1]
-            resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-        signal.setitimer(signal.ITIMER_REAL, min(timeout_s, _LONGEST_S))
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for limit, both in before.items():
-            resource.setrlimit(limit, both)
-
-
-def _filtered(relation: Any, condition: str) -> Any:
-    """The rows that a condition keeps; a number or text, which DuckDB would take for true, is no condition."""
-    kind = str(relation.project(f"({condition}\n) AS kept").types[0])
-    if kind not in ("BOOLEAN", "NULL", '"NULL"'):
-        raise _NotReadingError(f"expected a condition that is true or false, found one of type {kind}")
-    return relation.filter(condition)
-
-
-def _one_statement(connection: Any, query: str) -> Any:
-    """The one statement in `query`, of a kind that only reads; `_NotReading` otherwise."""
-    statements = connection.extract_statements(query)
-    if len(statements) != 1:
-        raise _NotReadingError(f"expected one SQL statement, found {len(statements)}")
-    kind = statements[0].type.name
-    if kind not in _ALLOWED:
-        raise _NotReadingError(f"expected SELECT, EXPLAIN, DESCRIBE or SHOW, found {kind}")
-    return statements[0]
-
-
-class _NotReadingError(Exception):
-    """A query is not one statement of a kind that only reads."""
-
-
-def _refusal(error: Exception) -> Refusal:
-    name = type(error).__name__
-    text = str(error)
-    if isinstance(error, MemoryError) or name == "OutOfMemoryException" or _NO_MEMORY.search(text):
-        return Refusal("memory")
-    return Refusal("reading" if isinstance(error, _NotReadingError) else name, text[:_MESSAGE])
-
-
-def _stream(schema: pa.Schema, *batches: pa.RecordBatch) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return sink.getvalue()
-
-
-def _put(stream: IO[bytes], kind: bytes, content: Any) -> None:
-    stream.write(_FRAME.pack(kind, len(content)))
-    stream.write(content)
+def _send_large(stream: IO[bytes], tables: Tables, needs: Mapping[str, Need]) -> Refusal | None:
+    """Send what is needed of large tables; a refusal when that is more than this machine's memory holds."""
+    chosen = {name: (table, needs[name]) for name, table in tables.items() if isinstance(table, Large)}
+    size = sum(_bytes(table, need) for table, need in chosen.values())
+    if size > _LOADED_SHARE * (free := _free_bytes()):
+        return Refusal(
+            "load", f"the columns that the query reads take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+    for table, need in chosen.values():
+        schema = pa.schema([_narrow(table.schema.field(name)) for name in need.columns])
+        with pa.ipc.new_stream(stream, schema) as writer:
+            for batch in table.read(need) if need.rows != 0 else ():
+                writer.write_batch(batch.cast(schema))
     stream.flush()
+    return None
 
 
-def _held(what: str) -> int:
-    """Bytes of this process: VmRSS (resident) or VmData (what RLIMIT_DATA counts)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{what}:"):
+def _narrow(field: pa.Field) -> pa.Field:
+    """Text as a dictionary: ids repeat a million times."""
+    return field.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(field.type) else field
+
+
+def _bytes(table: Large, need: Need) -> int:
+    rows = table.rows if need.rows is None else min(table.rows, need.rows)
+    widths = (_narrow(table.schema.field(name)).type for name in need.columns)
+    return rows * sum(4 if pa.types.is_dictionary(kind) else (kind.bit_width + 7) // 8 for kind in widths)
+
+
+def _free_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
-    return 0
+    return sys.maxsize

@@ -177,7 +177,7 @@ def _patches_writer(path: Path, group: Sequence[Segment]) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schemas = [segment.patches().schema.remove_metadata() for segment in group]
+    schemas = [segment.patch_columns().remove_metadata() for segment in group]
     return pq.ParquetWriter(path, pa.unify_schemas(schemas, promote_options="permissive"), compression="zstd")
 
 

@@ -18,13 +18,11 @@ from isimed_index.contracts import conform
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot, StoredTable
 from isimed_index.store.transaction import Proposal, Transaction
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_BY_SCAN: tuple[StoredTable, ...] = ("scans", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,7 @@ class Deleted:
     subjects: int = 0  # that have no scan any more
     patches: int = 0
     encoders: tuple[str, ...] = ()  # their card ids
+    matches: int = 0  # rows of kept answers
 
 
 def delete_scans(repository: Repository, where: str, *, dry_run: bool = False, verb: str = "delete") -> Deleted:
@@ -60,9 +59,10 @@ def without_scans(head: Snapshot, ids: Set[str]) -> Proposal:
         return Proposal()
     gone = pa.array(sorted(ids), pa.string())
     rewrite: dict[StoredTable, pa.Table] = {}
-    for name in _BY_SCAN:
-        rows = head.table(name)
-        left = rows.filter(pc.invert(pc.is_in(rows.column("scan"), gone)))
+    for name, columns in SCAN_COLUMNS.items():
+        rows = left = head.table(name)
+        for column in columns:
+            left = left.filter(pc.invert(pc.is_in(left.column(column), gone)))
         if left.num_rows < rows.num_rows:
             rewrite[name] = left
     before, after = _subjects(head.table("scans")), _subjects(rewrite["scans"])
@@ -85,11 +85,25 @@ def delete_patches(repository: Repository, where: str, *, dry_run: bool = False)
     """Delete the patches that an SQL condition over the view `patches` keeps; their scans stay."""
 
     def propose(transaction: Transaction | None, head: Snapshot) -> tuple[Proposal, Deleted]:
-        rows = np.sort(head.matching("patches", where).column("patch").to_numpy())
+        rows = np.sort(head.matching("patches", where, ["patch"]).column("patch").to_numpy())
         found = Deleted(head.generation, patches=len(rows))
         if transaction is None or not len(rows):
             return Proposal(), found
         return Proposal(add=[tombstone(transaction, head.segments(), rows)]), found
+
+    return _commit(repository, "delete", propose, dry_run)
+
+
+def delete_matches(repository: Repository, where: str, *, dry_run: bool = False) -> Deleted:
+    """Delete the rows of kept answers that an SQL condition over `matches` keeps."""
+
+    def propose(_: Transaction | None, head: Snapshot) -> tuple[Proposal, Deleted]:
+        gone = head.matching("matches", where, ["question", "rank"])
+        dead = set(zip(*(gone.column(key).to_pylist() for key in ("question", "rank")), strict=True))
+        rows = head.table("matches")
+        pairs = zip(rows.column("question").to_pylist(), rows.column("rank").to_pylist(), strict=True)
+        found = Deleted(head.generation, matches=len(dead))
+        return Proposal(rewrite={"matches": rows.filter([pair not in dead for pair in pairs])} if dead else {}), found
 
     return _commit(repository, "delete", propose, dry_run)
 

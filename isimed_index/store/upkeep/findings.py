@@ -11,7 +11,7 @@ from isimed_index.store import files
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Severity = Literal["damage", "warning", "info"]
+Severity = Literal["damage", "leak", "warning", "info"]
 
 FROM_COPY = "writes it again from its copy"
 _RESTORE = "nothing: " + files.RESTORE
@@ -47,6 +47,7 @@ _REPAIRS_ARTEFACT = {
     "segment": "drops it; isimed index encodes its scans again",
     "table": "takes its rows from older generations; a scan whose row is in none of them is dropped",
     "frame": "drops it; isimed index fits it again",
+    "reference": "drops it; isimed register makes it again",
     "index": "drops it; isimed index builds it again",
     "tombstone": "drops the segments that it names, because what was deleted must not come back; isimed index encodes "
     "their scans again",
@@ -58,8 +59,8 @@ _ARTEFACT_KINDS = {folder: kind for kind, folder in files.FOLDERS.items()}
 class Finding:
     """One thing that is not as it should be.
 
-    `damage` keeps the newest generation, or the store, from being whole; a `warning` concerns older generations or what
-    is done without; `info` is harmless. `kind` is a stable word.
+    `damage` keeps the newest generation, or the store, from being whole; a `leak` may name a patient; a `warning`
+    concerns older generations or what is done without; `info` is harmless. `kind` is a stable word.
     """
 
     kind: str

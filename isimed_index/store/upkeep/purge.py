@@ -4,7 +4,8 @@
     ─▶ search what is left for its ids ─▶ remove the record ─▶ report
 
 Packed segments that hold rows of the subject, or rows of nobody, are written anew without them; frames and indexes that
-were made with them, or may have been, are dropped, and `isimed index` makes them again. A purge that fails or is cut
+were made with them, or may have been, are dropped, and `isimed index` makes them again. So is a mean image that their
+voxels are averaged in, with all transforms to it: `isimed register` makes these again. A purge that fails or is cut
 short at any point is finished by running it again: until the proof is done, a record in `tmp/` (see `unfinished`) tells
 what has to be gone.
 """
@@ -22,7 +23,7 @@ from isimed_index.store.manifest import listed, utc_now
 from isimed_index.store.place.storage import LocalStorage, Storage
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import SCAN_COLUMNS, STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.tags import find_tag, remove_tag, tag_names
 from isimed_index.store.transaction import Proposal, Transaction
 from isimed_index.store.upkeep.absence import Words, search
@@ -30,7 +31,6 @@ from isimed_index.store.upkeep.collect import bring_back, collect, notes_of
 from isimed_index.store.upkeep.compact import pack
 from isimed_index.store.upkeep.delete import without_scans
 from isimed_index.store.upkeep.proof import forget_copies, history_of, prove, words_of
-from isimed_index.store.upkeep.soundness import TABLES
 from isimed_index.store.upkeep.traces import Traces
 from isimed_index.store.upkeep.unfinished import Unfinished
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from isimed_index.store.manifest import Artefact, Manifest
 
-_BESIDE: tuple[StoredTable, ...] = ("subjects", "labels")
 _CHECKPOINTS = "pretrain-"  # folders in tmp/
 _BUCKET = (
     "caches of this bucket on other machines: delete them there",
@@ -68,6 +67,7 @@ class Erasure:
     tags: tuple[str, ...]  # that named one of these
     leftovers: tuple[str, ...]  # removed from quarantine/ and tmp/
     index_again: tuple[str, ...]  # encoders (card ids) whose frame or index was dropped
+    register_again: int  # references that the newest generation had before and has no more, nor transforms to them
     files_searched: int
     bytes_searched: int
     hits: int  # files in which anything of the subject was found: 0
@@ -92,7 +92,7 @@ def purge(repository: Repository, subject: str, progress: Progress | None = None
     with storage.exclusive("collect"):
         bring_back(storage)  # what a purge that was cut short had taken away still tells what is to go
     head = repository.snapshot()
-    for table in TABLES:
+    for table in STORED_TABLES:
         head.table(table)  # raises where one is damaged: what belongs to the subject would not be known
     before = history_of(storage).manifests
     traces = Traces.read(storage, subject).beside(head)
@@ -100,8 +100,10 @@ def purge(repository: Repository, subject: str, progress: Progress | None = None
     if not (record.begun or traces.known or (unknown and record.artefacts)):
         _not_known(storage, head, subject, len(record.artefacts))
     record = record.knowing(traces.scans, words_of(traces, head))
+    references = {made.path for made in head.artefacts("reference") if made.path in record.artefacts}
+    record = replace(record, register_again=record.register_again | references)
     record.publish(storage, subject)
-    now, rewritten = _commit(repository, traces, before, record.artefacts, progress or Silent())
+    now, done = _commit(repository, traces, before, record.artefacts, progress or Silent())
     history = history_of(storage)
     manifests = {**before, **history.manifests}
     traces = traces.joined(Traces.read(storage, subject)).beside(now)
@@ -114,7 +116,8 @@ def purge(repository: Repository, subject: str, progress: Progress | None = None
         record.knowing(traces.scans, words_of(traces, now)),
         generations=record.generations | expire,
         index_again=record.index_again | _without_derived(manifests, held, now),
-        rewritten=record.rewritten + rewritten,
+        register_again=record.register_again | {path for path in done.drop if path in held and _is_reference(path)},
+        rewritten=record.rewritten + len(done.add),
     )
     record.publish(storage, subject)
     _nobody_needs(storage, expire)
@@ -139,6 +142,7 @@ def purge(repository: Repository, subject: str, progress: Progress | None = None
         tags=tuple(tags),
         leftovers=tuple(leftovers),
         index_again=tuple(sorted(record.index_again)),
+        register_again=len(record.register_again),
         files_searched=searched.files,
         bytes_searched=searched.bytes,
         hits=len(searched.hits),
@@ -171,20 +175,20 @@ def _not_known(storage: Storage, head: Snapshot, subject: str, unaccounted: int)
 
 def _commit(
     repository: Repository, traces: Traces, past: Mapping[int, Manifest], held: Set[str], progress: Progress
-) -> tuple[Snapshot, int]:
-    """The newest generation without the subject, and how many packed segments were written anew."""
-    counts = [0]
+) -> tuple[Snapshot, Proposal]:
+    """The newest generation without the subject, and the change that made it so."""
+    changes = [Proposal()]
 
     def propose(head: Snapshot) -> Proposal:
         beside, found = traces.beside(head), held
         if head.generation not in past:  # another process committed meanwhile
             found = held | beside.held_by(head.storage, {**past, head.generation: head.manifest})
         proposal = _without_subject(transaction, head, beside, found, progress)
-        counts.append(len(proposal.add))
+        changes.append(proposal)
         return proposal
 
     with repository.transaction("purge") as transaction:
-        return transaction.commit(propose), counts[-1]
+        return transaction.commit(propose), changes[-1]
 
 
 def _without_subject(
@@ -199,12 +203,18 @@ def _without_subject(
     base = without_scans(head, ids)
     rewrite: dict[StoredTable, pa.Table] = {**base.rewrite}
     living = pa.array(sorted(set(scans.column("scan").to_pylist()) - ids), pa.string())
-    subjects, labels = (rewrite.get(name, head.table(name)) for name in _BESIDE)
-    rest = (pc.not_equal(subjects.column("subject"), traces.subject), pc.is_in(labels.column("scan"), living))
-    for name, rows, keep in zip(_BESIDE, (subjects, labels), rest, strict=True):
-        left = rows.filter(keep)
-        if left.num_rows < rows.num_rows:
-            rewrite[name] = left
+    subjects = rewrite.get("subjects", head.table("subjects"))
+    rest: dict[StoredTable, pa.Table] = {
+        "subjects": subjects.filter(pc.not_equal(subjects.column("subject"), traces.subject))
+    }
+    for name, columns in SCAN_COLUMNS.items():
+        rest[name] = rewrite.get(name, head.table(name))
+        for column in columns:
+            rest[name] = rest[name].filter(pc.is_in(rest[name].column(column), living))
+    means = {made.path: made.fields["reference"] for made in head.artefacts("reference") if made.path in held}
+    to = pa.array(sorted(set(means.values())), pa.string())
+    rest["transforms"] = rest["transforms"].filter(pc.invert(pc.is_in(rest["transforms"].column("reference"), to)))
+    rewrite |= {name: rows for name, rows in rest.items() if rows.num_rows < head.table(name).num_rows}
     gone, packed = _repacked(transaction, head, held, traces.their_voxels, progress)
     touched = {segment.encoder for segment in gone if segment.scan_artefact not in traces.their_voxels}
     derived = [
@@ -215,7 +225,7 @@ def _without_subject(
     voxels = {made.path for made in head.artefacts("scan") if made.path in held}
     return Proposal(
         add=packed,
-        drop=[*sorted({*base.drop, *voxels}), *derived],
+        drop=[*sorted({*base.drop, *voxels}), *derived, *means],
         drop_segments=gone,
         rewrite={name: _plain(rows) for name, rows in rewrite.items()},
         buried=[made.path for made in head.artefacts("tombstone")],
@@ -294,6 +304,10 @@ def _without_derived(manifests: Mapping[int, Manifest], held: Set[str], now: Sna
         }
         lost |= gone - {made.fields["encoder"] for made in now.artefacts(kind)}
     return lost & there
+
+
+def _is_reference(path: str) -> bool:
+    return path.startswith(f"{files.FOLDERS['reference']}/")
 
 
 def _remains(storage: Storage, now: Snapshot) -> Sequence[str]:

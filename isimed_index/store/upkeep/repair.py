@@ -298,3 +298,7 @@ def _unmended(found: Sequence[Finding], kept: Set[str], rows: Mapping[str, int])
             yield f"{finding.message}. Next: restore it from a backup, or isimed delete --encoder"
     if rows.get("labels"):
         yield f"{rows['labels']} rows of labels are lost. Next: isimed delete the scans without, and add them again"
+    if rows.get("transforms"):
+        yield f"{rows['transforms']} transforms are lost. Next: isimed register"
+    if rows.get("matches"):
+        yield f"{rows['matches']} rows of kept answers are lost. Next: ask again"

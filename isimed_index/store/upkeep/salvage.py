@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from isimed_index.contracts import table_contract
 from isimed_index.errors import IsimedError
 from isimed_index.store.segment import Segment
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import SCAN_COLUMNS, STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.audit import History
-from isimed_index.store.upkeep.soundness import TABLES, first_of_key, joined, parts_in, read_piece
+from isimed_index.store.upkeep.soundness import first_of_key, joined, parts_in, read_piece
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from isimed_index.store.manifest import Manifest
+    from isimed_index.store.place.storage import Storage
 
 _FOR_SUBJECT = ("sex", "age")  # columns that a row of subjects takes from the subject's scans, as adding does
 
@@ -38,31 +41,30 @@ class Salvage:
     @classmethod
     def of(cls, head: Snapshot, bad: Mapping[str, str], past: History) -> Salvage:
         """Read what is there and search older generations, the newest first, for what is not."""
-        there = {name: joined(name, _pieces(head, name, bad)) for name in TABLES}
-        older = {name: joined(name, list(_older_pieces(head, name, past))) for name in TABLES}
-        names = {
-            **_by_voxels(older["scans"]),
-            **_by_voxels(there["scans"]),
-        }
+        there = {name: joined(name, _pieces(head, name, bad)) for name in STORED_TABLES}
+        older_scans = joined("scans", list(_older_pieces(head, "scans", past)))
+        names = {**_by_voxels(older_scans), **_by_voxels(there["scans"])}
         voxels = {made.path for made in head.artefacts("scan") if made.path not in bad}
         recovered = {name: rows.slice(0, 0) for name, rows in there.items()}
         if _lacks(head, "scans", bad):
-            recovered["scans"] = _unknown("scans", _only(older["scans"], "artefact", voxels), there["scans"])
+            recovered["scans"] = _unknown("scans", _only(older_scans, "artefact", voxels), there["scans"])
         scans = _only(first_of_key("scans", joined("scans", [there["scans"], recovered["scans"]])), "artefact", voxels)
         by_scan, by_subject = (set(scans.column(key).to_pylist()) for key in ("scan", "subject"))
-        if _lacks(head, "labels", bad):
-            recovered["labels"] = _unknown("labels", _only(older["labels"], "scan", by_scan), there["labels"])
-        labels = _only(
-            first_of_key("labels", joined("labels", [there["labels"], recovered["labels"]])), "scan", by_scan
-        )
+        tables: dict[StoredTable, pa.Table] = {"scans": scans}
+        for name in (name for name in SCAN_COLUMNS if name != "scans"):
+            if _lacks(head, name, bad):
+                older = joined(name, list(_older_pieces(head, name, past, scans)))
+                recovered[name] = _unknown(name, older, there[name])
+            rows = first_of_key(name, joined(name, [there[name], recovered[name]]))
+            tables[name] = _of_scans(name, rows, by_scan)
         gone = set(there["scans"].column("subject").to_pylist()) - by_subject
         stay = set(there["subjects"].column("subject").to_pylist()) - gone
         subjects = _only(first_of_key("subjects", there["subjects"]), "subject", stay)
         if _lacks(head, "subjects", bad):
-            recovered["subjects"] = _unknown("subjects", _only(older["subjects"], "subject", by_subject), subjects)
+            older = joined("subjects", list(_older_pieces(head, "subjects", past)))
+            recovered["subjects"] = _unknown("subjects", _only(older, "subject", by_subject), subjects)
             subjects = _with_subjects(joined("subjects", [subjects, recovered["subjects"]]), scans)
-        tables: dict[StoredTable, pa.Table] = {"scans": scans, "subjects": subjects, "labels": labels}
-        return cls(head, bad, names, there, recovered, tables)
+        return cls(head, bad, names, there, recovered, {**tables, "subjects": subjects})
 
     def proposal(self) -> Proposal:
         """The change from the head to what is whole."""
@@ -114,7 +116,7 @@ class Salvage:
     def lost_rows(self) -> dict[str, int]:
         """How many rows of each table are nowhere; rows of subjects are told again by those of their scans."""
         lost: dict[str, int] = {}
-        for name in TABLES:
+        for name in STORED_TABLES:
             pieces = [made for made in self.head.artefacts("table") if made.fields["table"] == name]
             gone = sum(int(made.fields["rows"]) for made in pieces if made.path in self.bad)
             again = self.recovered[name].num_rows
@@ -158,8 +160,13 @@ def _lacks(head: Snapshot, name: StoredTable, bad: Mapping[str, str]) -> bool:
     return any(made.path in bad for made in head.artefacts("table") if made.fields["table"] == name)
 
 
-def _older_pieces(head: Snapshot, name: StoredTable, past: History) -> Iterator[pa.Table]:
-    """Pieces of a table that only older generations have, the newest first."""
+def _older_pieces(
+    head: Snapshot, name: StoredTable, past: History, scans: pa.Table | None = None
+) -> Iterator[pa.Table]:
+    """Pieces of a table that only older generations have, the newest first.
+
+    With `scans`, only rows of scans whose voxels were the same then: an id that was free may name another scan now.
+    """
     seen = {made.path for made in head.manifest.artefacts}
     for manifest in past.manifests.values():
         for made in reversed(manifest.find("table")):
@@ -167,7 +174,15 @@ def _older_pieces(head: Snapshot, name: StoredTable, past: History) -> Iterator[
                 seen.add(made.path)
                 rows = read_piece(head.storage, made)
                 if rows is not None:
-                    yield rows
+                    yield rows if scans is None else _of_scans(name, rows, _unchanged(head.storage, manifest, scans))
+
+
+def _unchanged(storage: Storage, manifest: Manifest, scans: pa.Table) -> set[str]:
+    """Ids of the scans that had the same voxels in another generation."""
+    now = _by_voxels(scans)
+    pieces = [made for made in manifest.find("table") if made.fields["table"] == "scans"]
+    then = [rows for made in pieces if (rows := read_piece(storage, made)) is not None]
+    return {scan for rows in then for path, scan in _by_voxels(rows).items() if now.get(path) == scan}
 
 
 def _only(rows: pa.Table, column: str, known: Set[str]) -> pa.Table:
@@ -175,6 +190,13 @@ def _only(rows: pa.Table, column: str, known: Set[str]) -> pa.Table:
     import pyarrow.compute as pc
 
     return rows.filter(pc.is_in(rows.column(column), pa.array(sorted(known), pa.string())))
+
+
+def _of_scans(name: StoredTable, rows: pa.Table, known: Set[str]) -> pa.Table:
+    """The rows of a table all of whose scans are known."""
+    for column in SCAN_COLUMNS[name]:
+        rows = _only(rows, column, known)
+    return rows
 
 
 def _unknown(name: StoredTable, rows: pa.Table, there: pa.Table) -> pa.Table:

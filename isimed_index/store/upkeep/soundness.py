@@ -25,13 +25,12 @@ from isimed_index.store.manifest import Artefact
 from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.segment import LATTICE, Segment, check_segment, parts_of
-from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.snapshot import SCAN_COLUMNS, STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.upkeep.findings import Finding
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES: tuple[StoredTable, ...] = ("scans", "subjects", "labels")
 CHARTS = "charts.parquet"  # of a frame
 
 
@@ -80,7 +79,7 @@ class Soundness:
     @classmethod
     def of(cls, head: Snapshot, bad: Set[str], hashed: Set[str]) -> Soundness:
         """The checks of a generation, its tables read."""
-        return cls(head, bad, {name: _good_rows(head, name, bad) for name in TABLES}, hashed)
+        return cls(head, bad, {name: _good_rows(head, name, bad) for name in STORED_TABLES}, hashed)
 
     def findings(self) -> Iterator[Finding]:
         """Everything in this generation that does not fit."""
@@ -140,9 +139,11 @@ class Soundness:
         for path in sorted(voxels - set(scans.column("artefact").to_pylist())):
             yield Finding.of("voxels_without_scan", path, "voxels have no row in scans")
         known = set(scans.column("scan").to_pylist())
-        lost = sorted(set(self.tables["labels"].column("scan").to_pylist()) - known)
-        if lost:
-            yield Finding.of("row_without_scan", "", f"labels of {len(lost)} scans that are not there", lost)
+        for name, columns in SCAN_COLUMNS.items():
+            rows = self.tables[name]
+            lost = sorted({scan for column in columns for scan in rows.column(column).to_pylist()} - known)
+            if lost:
+                yield Finding.of("row_without_scan", "", f"{name} of {len(lost)} scans that are not there", lost)
 
     def _row_ids(self) -> Iterator[Finding]:
         spans = sorted(

@@ -1,7 +1,7 @@
 """Traces: everything in a store, in any generation, that holds something of one subject.
 
 rows of scans ─▶ ids, voxels, digests ─▶ segments (packed ones hold rows that nothing names) ─▶ row ids
-                                      └▶ labels, charts of frames                                └▶ indexes
+                                      └▶ labels, charts of frames, references                    └▶ indexes
 
 What a collector took leaves holes in what the rows tell. So whatever no scan of somebody else accounts for is taken for
 the subject's: rows in packed segments, rows that an index covers, charts, voxels, and templates (see `lineage`).
@@ -9,6 +9,7 @@ the subject's: rows in packed segments, rows that an index covers, charts, voxel
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from isimed_index.errors import StoreUnreadable
 from isimed_index.store import files
+from isimed_index.store.files import REFERENCE
 from isimed_index.store.manifest import Artefact, Manifest
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.segment import PATCHES, ROW_IDS, parts_of
-from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot
 from isimed_index.store.upkeep.lineage import frames_in_doubt
 from isimed_index.store.upkeep.soundness import CHARTS, read_piece
 
@@ -127,6 +129,9 @@ class Traces:
         if made.kind == "index":
             covers = np.array(made.fields["covers"], dtype=np.int64).reshape(-1, 2)
             return not _within(covers[:, 0], covers[:, 1], theirs)
+        if made.kind == "reference":
+            sources = voxels_averaged(storage, made)
+            return sources is None or not sources <= self.their_voxels
         parts = [part for entry in entries if made.kind == "segment" for part in parts_of(entry)]
         if any(part["scan_artefact"] not in self.their_voxels for part in parts):
             return True
@@ -155,11 +160,23 @@ class Traces:
             return True
         piece = read_piece(storage, made)
         if piece is None or "subject" not in piece.column_names:
-            return piece is None or self._not_theirs(_texts(piece, "scan"), self.own)
+            columns = SCAN_COLUMNS.get(made.fields["table"], ())
+            return piece is None or any(self._not_theirs(_texts(piece, name), self.own) for name in columns)
         return bool(_split(piece, self.subject)[0].num_rows)
 
     def _not_theirs(self, scans: Set[str], ours: Set[str]) -> bool:
         return not scans <= self.their_scans or bool(scans & ours)
+
+
+def voxels_averaged(storage: Storage, made: Artefact) -> set[str] | None:
+    """Paths of the voxels that a reference was made from; None when it does not tell."""
+    try:
+        content = json.loads((storage.fetch(made.path) / REFERENCE).read_text(encoding="utf-8"))
+        return {str(path) for path in content["made_from"]}
+    except StoreUnreadable:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _texts(rows: pa.Table, column: str) -> set[str]:

@@ -33,6 +33,7 @@ class Unfinished:
     artefacts: frozenset[str] = frozenset()  # paths of what held something
     generations: frozenset[int] = frozenset()  # that expire
     index_again: frozenset[str] = frozenset()  # encoders (card ids)
+    register_again: frozenset[str] = frozenset()  # paths of references
     rewritten: int = 0
 
     @classmethod
@@ -57,7 +58,7 @@ class Unfinished:
         made = self
         for other in others:
             words = ("scans", "anywhere", "cells") if other.salt == self.salt else ()
-            sets = ("spans", "artefacts", "generations", "index_again", *words)
+            sets = ("spans", "artefacts", "generations", "index_again", "register_again", *words)
             both = {name: getattr(made, name) | getattr(other, name) for name in sets}
             made = replace(made, **both, rewritten=max(made.rewritten, other.rewritten))
         return made
