@@ -1,7 +1,7 @@
 """The Python API: one `Store` with the words of the command line.
 
-create / open ─▶ Store.add ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · Store.sql · Store.evaluate · Store.plot
-                 ├── exchange: export · import_
+create / open ─▶ Store.add ─▶ Store.register ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · Store.sql · Store.evaluate · Store.plot
+                 ├── exchange: export · export_scan · import_
                  └── upkeep: delete · compact · gc · tag · restore · check · repair · purge
 
 Every method is a few lines: it turns plain arguments into the values that the room below it takes, and pins anew what
@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,13 @@ if TYPE_CHECKING:
     from isimed_index.evaluate.landmarks import Evaluation
     from isimed_index.exchange.folder import Exported
     from isimed_index.exchange.incoming import Imported
+    from isimed_index.exchange.volume import ExportedScan
     from isimed_index.indexing import IndexReport
     from isimed_index.lookup import Lookup, SameSubject, Source
     from isimed_index.matches import Matches
-    from isimed_index.scans.prepare import Volume
+    from isimed_index.register.align import Kind
+    from isimed_index.register.cohort import RegisterReport
+    from isimed_index.scans.prepare import Intensity, Volume
     from isimed_index.store.tags import Tag
     from isimed_index.store.upkeep.collect import Collected
     from isimed_index.store.upkeep.compact import Compacted
@@ -77,14 +80,29 @@ def open(path: FilePath, mode: str = "a", generation: int | None = None, tag: st
     return Store(Repository.open(path), writable=writable, generation=generation, tag=tag)
 
 
-def check(path: FilePath, read: float = 0.0, progress: Progress | None = None) -> list[Finding]:
+def check(
+    path: FilePath,
+    read: float = 0.0,
+    progress: Progress | None = None,
+    phi: bool = False,
+    phi_list: FilePath | None = None,
+) -> list[Finding]:
     """What is not as it should be in the store at `path`, which may be too damaged to be opened.
 
-    Sizes are always compared; a share `read` (0 to 1) of the bytes is read and hashed.
+    Sizes are always compared; a share `read` (0 to 1) of the bytes is read and hashed. With `phi`, every file is also
+    searched for what may identify a patient: by its look, and by `phi_list`, a file with one identifier a line.
+    Findings of severity `leak` say where and how often, never what.
     """
     from isimed_index.store.upkeep.audit import audit
 
-    return audit(Repository.unchecked(path), read, progress=progress)
+    repository = Repository.unchecked(path)
+    if not phi and phi_list is None:
+        return audit(repository, read, progress=progress)
+    from isimed_index.phi.identifiers import Identifiers
+    from isimed_index.phi.leaks import leaks
+
+    known = None if phi_list is None else Identifiers.read(Path(phi_list))
+    return [*audit(repository, read, progress=progress), *leaks(repository.storage, known, progress)]
 
 
 def repair(path: FilePath, progress: Progress | None = None) -> Repaired:
@@ -165,28 +183,60 @@ class Store:
         paths: FilePath | Sequence[FilePath],
         labels: str | None = None,
         label_names: FilePath | None = None,
-        metadata: FilePath | None = None,
+        metadata: FilePath | Sequence[FilePath] | None = None,
         subject_from: str | None = None,
         spacing_mm: float | None = None,
         workers: int = 1,
         progress: Progress | None = None,
         surrogate_key: FilePath | None = None,
+        volume: int | None = None,
+        surrogate_ids: bool = False,
+        keep_source: bool = False,
+        allow_burned_in: bool = False,
+        layout: str = "auto",
+        thumbnails: FilePath | None = None,
+        analyze_axes: str | None = None,
     ) -> AddReport:
         """Read image files and folders into the store; idempotent by content, bad files are refused by name.
 
         Args:
             labels: where an image's label map lies, relative to it: `{stem}_seg.nii.gz`.
-            label_names: CSV or TSV with the columns `label` and `name`.
-            metadata: CSV or TSV keyed by `scan`, `participant_id` or `subject`; its columns become columns of `scans`.
+            label_names: a table of names: CSV or TSV with the columns `label` and `name`, a colour table of 3D Slicer,
+                FreeSurfer or ITK-SNAP, or JSON.
+            metadata: CSV or TSV tables, whose rows are about scans (`scan`, `file`), subjects (`participant_id`,
+                `subject`) or their sessions; columns become columns of `scans`, those of subjects of `subjects` too.
             subject_from: regular expression whose group finds the subject in a file's stem, or else in its folders.
             spacing_mm: resample to this isotropic spacing; None keeps every voxel as it is.
-            workers: files read at once.
+            workers: files taken at once, each by a process of its own; 1 takes them in this process.
             surrogate_key: file with the key that DICOM identifiers are hashed with, made where there is none; by
                 default the one that ISIMED_SURROGATE_KEY names, or else isimed/surrogate.key in the user's config.
+            volume: which volume of 4-D files and of DICOM series with several, numbered from 0; without it these are
+                refused. Its scan is called after the file, and `_vol-3` after that.
+            surrogate_ids: call scans, subjects and sessions by keyed surrogates instead of names of files and folders,
+                by which metadata are joined all the same.
+            keep_source: store the path of each file, or the folder of a DICOM series, in the column `source`.
+            allow_burned_in: take DICOM series that are marked as having text burned into their images.
+            layout: how folders are read: `auto` (data sets are recognised), `files`, or the name of one layout.
+            thumbnails: folder that gets a small PNG of every file that is read; `AddReport.files` has their names.
+            analyze_axes: in which directions the voxel axes of Analyze 7.5 files grow, one letter each, such as `LAS`:
+                first to Left, then Anterior, Superior. They do not say it themselves and are refused without it.
         """
         listed = [paths] if isinstance(paths, str | Path) else list(paths)
         options = AddOptions(
-            labels, _path(label_names), _path(metadata), subject_from, spacing_mm, workers, _path(surrogate_key)
+            labels=labels,
+            label_names=_path(label_names),
+            metadata=_paths(metadata),
+            subject_from=subject_from,
+            spacing_mm=spacing_mm,
+            workers=workers,
+            surrogate_key=_path(surrogate_key),
+            surrogate_ids=surrogate_ids,
+            keep_source=keep_source,
+            allow_burned_in=allow_burned_in,
+            layout=layout,
+            volume=volume,
+            thumbnails=_path(thumbnails),
+            analyze_axes=analyze_axes,
         )
         try:
             return add(self._writing(), [Path(path) for path in listed], options, progress)
@@ -214,7 +264,7 @@ class Store:
         """
         from isimed_index.config import pretrain_config
         from isimed_index.encoders.runtime import write_encoder
-        from isimed_index.pretrain.trainer import train
+        from isimed_index.pretrain.trainer import intensity_of, train
         from isimed_index.store.transaction import Proposal
 
         repository = self._writing()
@@ -227,13 +277,14 @@ class Store:
             "seed": seed,
         }
         resolved = pretrain_config(preset, _path(config), overrides)
+        intensity = intensity_of(resolved)
         scans = sorted(self._scan_ids(where))
         digests = [self.snapshot.scan_row(scan)["digest"] for scan in scans]
         run = self.path / "tmp" / f"pretrain-{_hash([asdict(resolved), digests])}"
         run.mkdir(parents=True, exist_ok=True)
         trained = train(
             resolved,
-            [partial(_working_volume, self.snapshot, scan, resolved.spacing_mm) for scan in scans],
+            [partial(_working_volume, self.snapshot, scan, resolved.spacing_mm, intensity) for scan in scans],
             run,
             name=name or f"{method}-{preset}",
             preset=preset,
@@ -281,6 +332,47 @@ class Store:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())
         finally:
             self.refresh()
+
+    def register(
+        self,
+        to: FilePath | None = None,
+        kind: Kind = "rigid",
+        rounds: int = 2,
+        where: str | None = None,
+        workers: int = 1,
+        redo: bool = False,
+        progress: Progress | None = None,
+    ) -> RegisterReport:
+        """Register scans into a common frame and store their transforms; no image is resampled. Needs SimpleITK.
+
+        Scans that are registered already are skipped, and every few scans are committed. A scan that comes later is
+        registered to the same mean image; what was there stays as it was.
+
+        Args:
+            to: an image file to register to; None means the mean image of the scans, made in `rounds` rounds.
+            kind: rigid (rotation and shift) or affine.
+            where: SQL over `scans` that chooses which are registered.
+            workers: scans registered at once.
+            redo: register all again, to a new mean image or to the same atlas.
+        """
+        from isimed_index.register.cohort import RegisterOptions, register_scans
+
+        repository = self._writing()
+        self.refresh()
+        options = RegisterOptions(_path(to), kind, rounds, workers, redo)
+        try:
+            return register_scans(repository, self._scan_ids(where), options, progress or Silent())
+        finally:
+            self.refresh()
+
+    def transform(self, scan: str, reference: str | None = None, kind: Kind | None = None) -> NDArray[np.float64]:
+        """A scan's newest transform (4, 4) from `register`: patient RAS+ mm → common RAS+ mm; `NotFound` without one.
+
+        `reference` (an id, as in the view `transforms`) and `kind` choose among several.
+        """
+        from isimed_index.register.rows import transform_of
+
+        return transform_of(self.snapshot, scan, reference, kind)
 
     # -- questions --------------------------------------------------------------------------------------------------
 
@@ -336,6 +428,18 @@ class Store:
         lookup = self._lookup(encoder)
         return lookup.nearest_patches(self._source(lookup, scan), _triple(point), space, question, exact=exact)
 
+    def keep(self, matches: Matches, question: str) -> int:
+        """Store an answer under a name, as rows of the view `matches`; how many they are.
+
+        `UsageError` for an answer without rows, to a point of a file that is not stored, or under a name that is taken.
+        """
+        from isimed_index.kept import keep
+
+        try:
+            return keep(self._writing(), matches, question)
+        finally:
+            self.refresh()
+
     def sql(self, query: str, params: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> pa.Table:
         """One read-only statement over the views of this generation (scans, patches, labels, …)."""
         return self.snapshot.sql(query, params, timeout_s)
@@ -352,7 +456,7 @@ class Store:
         snapshot = self.snapshot
         artefact = snapshot.encoder_artefact(encoder)
         wanted = output or str(snapshot.card(artefact)["match_output"])
-        chosen = None if where is None else snapshot.matching("patches", where).column("patch").to_numpy()
+        chosen = None if where is None else snapshot.matching("patches", where, ["patch"]).column("patch").to_numpy()
         for segment in snapshot.segments(artefact.fields["encoder"]):
             keep = np.ones(segment.rows, bool) if chosen is None else np.isin(segment.row_ids, chosen)
             if keep.any():
@@ -379,6 +483,7 @@ class Store:
             "scans": snapshot.table("scans").num_rows,
             "subjects": snapshot.table("subjects").num_rows,
             "labels": snapshot.table("labels").num_rows,
+            "transforms": snapshot.table("transforms").num_rows,
             "patches": snapshot.manifest.rows,
             "segments": len(snapshot.artefacts("segment")),
             "encoders": [snapshot.card(artefact)["name"] for artefact in snapshot.artefacts("encoder")],
@@ -432,17 +537,24 @@ class Store:
 
     # -- upkeep -----------------------------------------------------------------------------------------------------
 
-    def delete(self, where: str, what: Literal["scans", "patches"] = "scans", dry_run: bool = False) -> Deleted:
-        """Delete the scans, or single patches, that an SQL condition over the view of that name keeps.
+    def delete(
+        self, where: str, what: Literal["scans", "patches", "matches"] = "scans", dry_run: bool = False
+    ) -> Deleted:
+        """Delete scans, single patches, or rows of kept answers that an SQL condition over the view of that name keeps.
 
         Older generations still hold them until `gc` takes these; `purge` erases a patient.
         """
-        from isimed_index.store.upkeep.delete import delete_patches, delete_scans
+        from isimed_index.store.upkeep.delete import delete_matches, delete_patches, delete_scans
 
-        if what not in ("scans", "patches"):
-            raise UsageError(f"expected to delete scans or patches, found {what!r}", next_step="isimed delete --help")
+        verbs: dict[str, Callable[..., Deleted]] = {
+            "scans": delete_scans,
+            "patches": delete_patches,
+            "matches": delete_matches,
+        }
+        if what not in verbs:
+            raise UsageError(f"expected to delete {', '.join(verbs)}, found {what!r}", next_step="isimed delete --help")
         try:
-            return (delete_scans if what == "scans" else delete_patches)(self._writing(), where, dry_run=dry_run)
+            return verbs[what](self._writing(), where, dry_run=dry_run)
         finally:
             self.refresh()
 
@@ -580,6 +692,27 @@ class Store:
             return export.export_duckdb(chosen, Path(out), vectors=vectors, progress=progress)
         raise UsageError(f"expected parquet, npy or duckdb, found {layout!r}", next_step="isimed export --help")
 
+    def export_scan(
+        self, scan: str, out: FilePath | None = None, labels: FilePath | None = None, force: bool = False
+    ) -> ExportedScan:
+        """Write one scan, its label map, or both as NIfTI: a NIfTI file that was not resampled comes back bit for bit.
+
+        `changed` of the answer says what is not as in the file that was added.
+
+        Args:
+            scan: its id.
+            out: .nii or .nii.gz for the voxels; it appears whole or not at all.
+            labels: .nii or .nii.gz for the label map, on the same grid.
+            force: replace files that are there.
+        """
+        from isimed_index.exchange import volume
+        from isimed_index.scans.chunks import open_chunks
+
+        if any(path.resolve().is_relative_to(self.path.resolve()) for path in (_path(out), _path(labels)) if path):
+            raise UsageError("an export cannot lie inside the store", next_step="choose a path outside of it")
+        stored = open_chunks(self.snapshot.chunks_path(scan), scan)
+        return volume.export_scan(stored, scan, _path(out), _path(labels), force=force)
+
     def import_(
         self,
         path: FilePath,
@@ -635,12 +768,12 @@ class Store:
         return ids
 
 
-def _working_volume(snapshot: Snapshot, scan: str, spacing_mm: float) -> Volume:
+def _working_volume(snapshot: Snapshot, scan: str, spacing_mm: float, intensity: Intensity) -> Volume:
     from isimed_index.scans.chunks import open_chunks
-    from isimed_index.scans.prepare import Intensity, prepare
+    from isimed_index.scans.prepare import prepare
 
     stored = open_chunks(snapshot.chunks_path(scan), scan)
-    return prepare(stored.values(), stored.affine, spacing_mm, Intensity())
+    return prepare(stored.values(), stored.affine, spacing_mm, intensity)
 
 
 def _triple(point: PointLike) -> tuple[float, float, float]:
@@ -658,6 +791,10 @@ def _triple(point: PointLike) -> tuple[float, float, float]:
 
 def _path(path: FilePath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _paths(paths: FilePath | Sequence[FilePath] | None) -> tuple[Path, ...]:
+    return (Path(paths),) if isinstance(paths, str | Path) else tuple(map(Path, paths or ()))
 
 
 def _hash(content: Any) -> str:

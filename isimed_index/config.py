@@ -59,6 +59,8 @@ class PretrainConfig:
     embedding_dim: int = 64
     descriptor_dim: int = 64
     spacing_mm: float = 2.0
+    window_low: float = 0.0  # physical values that go to -1 and 1, such as -1000 and 1000 HU for CT;
+    window_high: float = 0.0  # equal: two percentiles of every scan do
 
     view_vox: int = 56
     crops_per_scan: int = 2
@@ -96,6 +98,8 @@ class PretrainConfig:
                 raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
         if not self.distance_weight + self.coordinate_weight + self.descriptor_weight > 0:
             raise ConfigError("at least one objective needs a weight above 0")
+        if not -math.inf < self.window_low <= self.window_high < math.inf:
+            raise ConfigError(f"expected window_low ≤ window_high, found {self.window_low} and {self.window_high}")
         if self.views_per_crop not in (1, 2):
             raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
         if self.view_vox < 32 or (self.view_vox - 32) % 4:

@@ -23,7 +23,7 @@ from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
 from isimed_index.errors import IsimedError, UsageError
 from isimed_index.grid import PatchGrid
 from isimed_index.lattice import Lattice, ScanGeometry, Standard, build_lattice, lattice_affine, write_geometry
-from isimed_index.scans.prepare import Volume, prepare
+from isimed_index.scans.prepare import Volume, prepare, resample_labels
 from isimed_index.space import Affine
 
 MIN_FOREGROUND = 0.15  # patches with less of it are air and are not stored
@@ -116,15 +116,20 @@ def encode_scan(task: EncodeTask) -> Encoded:
         stored = open_chunks(Path(task.chunks))
         volume = prepared(stored.values(), stored.affine, encoder.card)
         scan = ScanGeometry.of(stored.shape, stored.affine, stored.attributes)
-        return Encoded(task, _stage(task, encoder, volume, scan))
+        labels = stored.labels()
+        if labels is not None:
+            labels = resample_labels(labels, stored.affine, encoder.card.spacing_mm)
+        return Encoded(task, _stage(task, encoder, volume, scan, labels))
     except IsimedError as error:
         return Encoded(task, {}, error)
 
 
-def _stage(task: EncodeTask, encoder: Encoder, volume: Volume, scan: ScanGeometry) -> dict[str, Any]:
+def _stage(
+    task: EncodeTask, encoder: Encoder, volume: Volume, scan: ScanGeometry, labels: NDArray[Any] | None
+) -> dict[str, Any]:
     import pyarrow as pa
 
-    from isimed_index.store.segment import write_segment
+    from isimed_index.store.segment import LABEL_SHARES, write_segment
 
     grid, numbers, vectors, share = encode_volume(encoder, volume, task.stride_vox)
     ijk, centres = grid.ijk(numbers).astype(np.int32), grid.centres_mm(numbers).astype(np.float32)
@@ -132,6 +137,10 @@ def _stage(task: EncodeTask, encoder: Encoder, volume: Volume, scan: ScanGeometr
     columns |= {axis: ijk[:, n] for n, axis in enumerate("ijk")}
     columns |= {f"{axis}_mm": centres[:, n] for n, axis in enumerate("xyz")}
     columns["foreground"] = share.astype(np.float32)
+    if labels is not None:
+        rows, label, fraction = grid.label_fractions(labels, numbers)
+        ends = np.searchsorted(rows, np.arange(len(numbers) + 1)).astype(np.int32)
+        columns[LABEL_SHARES] = pa.MapArray.from_arrays(ends, label.astype(np.int32), fraction)
     directory = Path(task.segment)
     # Positions are millimetres up to a metre, where float16 would round to half a millimetre; the rest is relative.
     outputs = {name: v if name == "position" else v.astype(np.float16) for name, v in vectors.items()}

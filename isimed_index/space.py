@@ -7,6 +7,7 @@ space goes through this module. Voxel index (0, 0, 0) is the *centre* of the fir
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,10 @@ Space = Literal["ras", "lps", "voxel", "canonical"]
 Affine = NDArray[np.float64]  # (4, 4), voxel index → RAS+ mm
 
 _LPS = np.array([-1.0, -1.0, 1.0])
+_WAYS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}  # RAS+ axis, sign
+AXIS_CODES = tuple(
+    "".join(codes) for codes in product(_WAYS, repeat=3) if len({_WAYS[code][0] for code in codes}) == 3
+)  # all 48, such as `RAS` or `PSR`: the patient direction in which each voxel axis grows
 
 
 def checked_affine(affine: ArrayLike) -> Affine:
@@ -53,6 +58,13 @@ def inverse(affine: Affine) -> Affine:
     return matrix
 
 
+def largest_apart_mm(one: Affine, other: Affine, shape: tuple[int, int, int]) -> float:
+    """The largest distance between the places that two affines give to the same voxel; it is reached at a corner."""
+    corners = np.array(list(product(*[(0, n - 1) for n in shape])))  # (8, 3)
+    apart = apply_affine(one, corners) - apply_affine(other, corners)
+    return float(np.linalg.norm(apart, axis=1).max())
+
+
 def spacing_mm(affine: Affine) -> NDArray[np.float64]:
     """Edge lengths (3,) of one voxel in mm, along its own axes."""
     edges: NDArray[np.float64] = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
@@ -64,6 +76,20 @@ def orientation(affine: Affine) -> str:
     import nibabel as nib
 
     return "".join(nib.orientations.aff2axcodes(affine))
+
+
+def affine_along(codes: str, spacing: ArrayLike, zero: ArrayLike) -> Affine:
+    """The affine of voxels with edges `spacing` (3,) mm whose axes grow as one of `AXIS_CODES` says.
+
+    The voxel index `zero` (3,) lies at RAS+ 0.
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = 0.0
+    for axis, (code, edge) in enumerate(zip(codes, np.asarray(spacing, np.float64), strict=True)):
+        row, sign = _WAYS[code]
+        affine[row, axis] = sign * edge
+    affine[:3, 3] = -(affine[:3, :3] @ np.asarray(zero, np.float64))
+    return affine
 
 
 def to_ras(voxels: NDArray[Any], affine: Affine) -> tuple[NDArray[Any], Affine]:

@@ -103,6 +103,8 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"coordinate_weight": -1.0},
         {"descriptor_weight": -1.0},
         {"near_mm": -1.0},
+        {"window_low": 10.0, "window_high": -10.0},
+        {"window_low": -math.inf},
         {"ignore_mm": -1.0},
         {"clip_norm": -1.0},
         {"weight_decay": -1e-4},

@@ -15,11 +15,15 @@ from isimed_index.api import Store
 
 SIGNATURES = {
     "add": "paths, labels=None, label_names=None, metadata=None, subject_from=None, spacing_mm=None, workers=1, "
-    "progress=None, surrogate_key=None",
+    "progress=None, surrogate_key=None, volume=None, surrogate_ids=False, keep_source=False, allow_burned_in=False, "
+    "layout='auto', thumbnails=None, analyze_axes=None",
     "pretrain": "method='isimed', preset='default', config=None, epochs=None, batch_scans=None, "
     "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
     "max_ram=None, progress=None",
+    "keep": "matches, question",
+    "register": "to=None, kind='rigid', rounds=2, where=None, workers=1, redo=False, progress=None",
+    "transform": "scan, reference=None, kind=None",
     "lookup": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', cycle=False, "
     "exact=False, encoder=None",
     "search_patches": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', "
@@ -32,6 +36,7 @@ SIGNATURES = {
     "evaluate": "encoder=None, where=None, label_where=None, pairs=60, seed=0, progress=None",
     "plot": "figure, out, encoder=None, point=None, scan=None, space='ras', k=3, where=None, seed=0",
     "export": "out, layout='parquet', where=None, encoder=None, voxels=False, vectors=False, progress=None",
+    "export_scan": "scan, out=None, labels=None, force=False",
     "import_": "path, card=None, space='ras', scans=None, progress=None",
     "embeddings": "where=None, encoder=None, output=None",
     "delete": "where, what='scans', dry_run=False",
@@ -66,7 +71,7 @@ def test_exported_names():
 
 def test_open_and_create():
     assert signature(isimed_index.open) == "path, mode='a', generation=None, tag=None"
-    assert signature(isimed_index.check) == "path, read=0.0, progress=None"
+    assert signature(isimed_index.check) == "path, read=0.0, progress=None, phi=False, phi_list=None"
     assert signature(isimed_index.repair) == "path, progress=None"
     assert signature(isimed_index.create) == "path"
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from isimed_cli.app import Session, command
-from isimed_cli.options import ReportOption
+from isimed_cli.options import AddReportOption
 
 
 @command("add", example="isimed add images --metadata images/participants.tsv --workers 2", rows=True)
@@ -20,12 +20,28 @@ def add(
         typer.Option(metavar="PATTERN", help="Label map of an image, relative to it, such as {stem}_seg.nii.gz."),
     ] = None,
     label_names: Annotated[
-        Path | None, typer.Option(metavar="FILE", exists=True, help="CSV or TSV with columns label and name.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Names of labels: CSV, TSV, JSON, or a colour table of 3D Slicer, ITK-SNAP or FreeSurfer.",
+        ),
     ] = None,
     metadata: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", exists=True, help="CSV or TSV joined by scan, or by subject (participant_id)."),
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="CSV or TSV joined by scan, file, subject (participant_id), or its session; repeatable.",
+        ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How folders are laid out: files, bids, msd, brats, autopet, totalsegmentator; auto tells them.",
+        ),
+    ] = "auto",
     subject_from: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Finds the subject in a file's stem, or else its folders; BIDS needs none."),
@@ -33,7 +49,7 @@ def add(
     spacing: Annotated[
         float | None, typer.Option(metavar="MM", min=0.1, help="Resample to this spacing; kept as it is by default.")
     ] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Files read at once.")] = 1,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Files taken at once, each by its own process.")] = 1,
     surrogate_key: Annotated[
         Path | None,
         typer.Option(
@@ -42,36 +58,74 @@ def add(
             help="Key that DICOM identifiers are hashed with; made if there is none. In your config by default.",
         ),
     ] = None,
-    report: ReportOption = None,
+    volume: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Which volume of 4-D files and series, from 0; refused without it."),
+    ] = None,
+    analyze_axes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODE", help="Where the axes of Analyze 7.5 files grow, such as LAS; they are refused without it."
+        ),
+    ] = None,
+    surrogate_ids: Annotated[
+        bool,
+        typer.Option("--surrogate-ids", help="Keyed surrogates in place of names of files, subjects and sessions."),
+    ] = False,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Store the path of each file; left out by default.")
+    ] = False,
+    allow_burned_in: Annotated[
+        bool,
+        typer.Option("--allow-burned-in", help="Take DICOM series marked as having text burned into their images."),
+    ] = False,
+    report: AddReportOption = None,
 ) -> None:
     """Read image files, DICOM series and folders of both into the store.
 
     Scans that are there already, by content, are left alone; a file that cannot become a scan is refused and the
     rest of the batch lands. Makes the store if there is none.
     """
-    from isimed_cli.batch import added_groups, end_batch, list_refusals, show_batch, write_report
+    from isimed_cli.batch import added_groups, end_batch, list_refusals, pictures_for, show_batch, write_added_report
 
     store = session.open_or_create()
-    with session.progress() as progress:
-        done = store.add(
-            paths,
-            labels=labels,
-            label_names=label_names,
-            metadata=metadata,
-            subject_from=subject_from,
-            spacing_mm=spacing,
-            workers=workers,
-            progress=progress,
-            surrogate_key=surrogate_key,
-        )
+    with pictures_for(report) as thumbnails:
+        with session.progress() as progress:
+            done = store.add(
+                paths,
+                labels=labels,
+                label_names=label_names,
+                metadata=metadata,
+                layout=layout,
+                subject_from=subject_from,
+                spacing_mm=spacing,
+                workers=workers,
+                progress=progress,
+                surrogate_key=surrogate_key,
+                thumbnails=thumbnails,
+                volume=volume,
+                analyze_axes=analyze_axes,
+                surrogate_ids=surrogate_ids,
+                keep_source=keep_source,
+                allow_burned_in=allow_burned_in,
+            )
+        try:
+            write_added_report(report, done, thumbnails)
+        except OSError:
+            list_refusals(done.refused)
+            raise
+    for note in done.notes:
+        session.note(note)
     if done.unnamed:
         session.note(
             f"{len(done.unnamed)} labels have no name and go by their numbers. Next: give --label-names FILE; "
             "a stored scan keeps its labels as they are, so add it to a new store"
         )
+    if done.dropped:
+        columns = ", ".join(f"{column} of {count}" for column, count in sorted(done.dropped.items()))
+        session.note(f"headers said what is not kept: {columns} (not a known word, out of range, or not one value)")
     groups = added_groups(done)
     try:
-        write_report(report, groups, done.refused)
         show_batch(session, groups, done.refused)
     finally:
         list_refusals(done.refused)

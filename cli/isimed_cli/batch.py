@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,6 +65,26 @@ def write_report(path: Path | None, groups: Mapping[str, Any], refused: Sequence
             for item in refused
         ]
         path.write_text(to_json({**groups, "refused": listed}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def pictures_for(report: Path | None) -> Iterator[Path | None]:
+    """A folder for pictures of scans while a report that shows them is made; None for other reports."""
+    from isimed_index.report.added import PAGE
+
+    if report is None or report.suffix.lower() not in PAGE:
+        yield None
+        return
+    with TemporaryDirectory(prefix="isimed-") as folder:
+        yield Path(folder)
+
+
+def write_added_report(path: Path | None, done: AddReport, thumbnails: Path | None) -> None:
+    """What became of each file, where --report asks for it."""
+    from isimed_index.report.added import write_added
+
+    if path is not None:
+        write_added(done, path, thumbnails)
 
 
 def list_refusals(refused: Sequence[Refusal]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from isimed_cli.app import Format, Session, command
 from isimed_cli.options import ReportOption
 
 DAMAGED = 12
+LEAKING = 15
 
 
 def parse_share(text: str) -> float:
@@ -30,27 +32,40 @@ def check(
         float,
         typer.Option(metavar="SHARE|all", parser=parse_share, help="Share of the bytes to read and hash."),
     ] = 0.0,
+    phi: Annotated[
+        bool, typer.Option("--phi", help="Also search every file for what may identify a patient: names, dates, UIDs.")
+    ] = False,
+    phi_list: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, help="Identifiers to search for, one a line; turns --phi on."),
+    ] = None,
 ) -> None:
-    """Find what is damaged or out of place.
+    """Find what is damaged or out of place, and with --phi what may identify a patient.
 
     Sizes, counts, row ids, coverage, encoders and references are always compared.
-    One row a finding; exit 12 when one of them is damage, 0 otherwise.
+    One row a finding; exit 12 when one of them is damage, 15 when one may identify a patient, 0 otherwise.
     """
     import isimed_index
     from isimed_cli.render import show_table
     from isimed_index.store.upkeep.findings import as_table
 
     with session.progress() as progress:
-        found = isimed_index.check(session.store, read_data, progress)
+        found = isimed_index.check(session.store, read_data, progress, phi, phi_list)
     if found or session.format is not Format.TABLE or session.out is not None:
         show_table(as_table(found), session.format, session.out)
     damage = sum(finding.severity == "damage" for finding in found)
-    session.note(f"{damage} damaged, {len(found) - damage} other findings" if found else "nothing found")
+    leaks = sum(finding.severity == "leak" for finding in found)
+    told = f"{damage} damaged, " + (f"{leaks} may identify a patient, " if leaks else "")
+    session.note(f"{told}{len(found) - damage - leaks} other findings" if found else "nothing found")
+    if phi or phi_list is not None:
+        session.note("writing that is burned into images cannot be found by a search: look at them")
     if read_data < 1:
         session.note(f"{read_data:.0%} of the bytes were read; --read-data all reads every one")
     if damage:
         session.note("Next: isimed repair")
         raise typer.Exit(DAMAGED)
+    if leaks:
+        raise typer.Exit(LEAKING)
 
 
 @command("repair", example="isimed repair --report repaired.json", rows=True)
@@ -113,5 +128,7 @@ def purge(
     show_fields(fields if session.format is not Format.TABLE else short, session.format)
     if not done.scans:
         session.note("no scan of this subject was known any more; what could not be told to be others' was erased")
+    if done.register_again:
+        session.note(f"Next: isimed register ({done.register_again} of its references went with the subject)")
     for remains in done.remains:
         session.note(f"not erased: {remains}")

@@ -36,16 +36,37 @@ def export(
     where: WhereOption = None,
     voxels: Annotated[bool, typer.Option("--voxels", help="With --parquet: the scans' OME-Zarr trees too.")] = False,
     vectors: Annotated[bool, typer.Option("--vectors", help="With --duckdb: the vectors too.")] = False,
+    scan: Annotated[
+        str | None, typer.Option("--scan", metavar="ID", help="One scan as NIfTI, with --out, --labels or both.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With --scan: new .nii or .nii.gz for its voxels.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="FILE", help="With --scan: new .nii or .nii.gz for its label map."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --scan: replace files that are there.")] = False,
 ) -> None:
-    """Write the store's content as files for other programs.
+    """Write the store's content, or one scan, as files for other programs.
 
     Exactly one of --parquet, --npy and --duckdb names a new path, which appears whole or not at all. What is
-    written holds scan ids and metadata: treat it like the store.
+    written holds scan ids and metadata: treat it like the store. With --scan, one scan becomes NIfTI again, bit for
+    bit where it was read from NIfTI and not resampled: isimed export --scan sub-01_T1w --out head.nii.gz
     """
     from dataclasses import asdict
 
     from isimed_cli.render import show_fields
 
+    if scan is not None:
+        if any(path is not None for path in (parquet, npy, duckdb, encoder, where)) or voxels or vectors:
+            raise UsageError(
+                "--scan goes with --out, --labels and --force only", next_step="isimed export --scan ID --out FILE"
+            )
+        _export_scan(session, scan, out, labels, force)
+        return
+    if out is not None or labels is not None or force:
+        raise UsageError("--out, --labels and --force go with --scan", next_step="isimed export --scan ID --out FILE")
     targets: dict[Literal["parquet", "npy", "duckdb"], Path | None] = {
         "parquet": parquet,
         "npy": npy,
@@ -65,6 +86,22 @@ def export(
         show_fields(asdict(done), session.format)
         return
     print(f"exported scans {done.scans} · encoders {done.encoders} · patches {done.patches:,} to {out.name}")
+
+
+def _export_scan(session: Session, scan: str, out: Path | None, labels: Path | None, force: bool) -> None:
+    from dataclasses import asdict
+
+    from isimed_cli.render import show_fields
+
+    done = session.open().export_scan(scan, out, labels, force)
+    if session.format is not Format.TABLE:
+        show_fields(asdict(done), session.format)
+        return
+    files = " and ".join(name for name in (done.out, done.labels) if name is not None)
+    size = "×".join(map(str, done.shape))
+    print(f"exported scan {done.scan} · {size} · {done.dtype} · {done.orientation} to {files}")
+    for change in done.changed:
+        print(f"not as in its file: {change}")
 
 
 @command("import", example="isimed import cohort-export --store copy.isimed", rows=True)

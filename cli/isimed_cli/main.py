@@ -10,13 +10,28 @@ from typing import Any
 
 import typer
 
-from isimed_cli import add, change, check, demo, doctor, evaluate, exchange, index, plot, pretrain, query, sql, store
+from isimed_cli import (
+    add,
+    change,
+    check,
+    demo,
+    doctor,
+    evaluate,
+    exchange,
+    index,
+    plot,
+    pretrain,
+    query,
+    register,
+    sql,
+    store,
+)
 from isimed_cli.app import INTERRUPTED, app
 
 __all__ = ["app", "main"]
 
 # Importing a module registers its commands.
-COMMANDS = (add, pretrain, index, query, sql, store, evaluate, plot, change, check, exchange, doctor, demo)
+COMMANDS = (add, register, pretrain, index, query, sql, store, evaluate, plot, change, check, exchange, doctor, demo)
 
 # By kind of a validator's error: what was expected, and what was found.
 _EXPECTED = {
@@ -33,7 +48,7 @@ _Usage: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code (0, 1, 2, 3, 10–14 or 130; see docs/reference/cli.md)."""
+    """Run one command line and return its exit code (0, 1, 2, 3, 10–15 or 130; see docs/reference/cli.md)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

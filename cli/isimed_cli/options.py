@@ -78,6 +78,15 @@ ReportOption = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", callback=writable, help="Write what was done and refused here, as JSON."),
 ]
+AddReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        callback=writable,
+        help="Write what became of each file here: .json, .csv, or .html with pictures.",
+    ),
+]
 # typer reads the type of an option only where it has no parser, and refuses tuples and unions: hence Any.
 PointOption = Annotated[
     Any,

@@ -44,7 +44,9 @@ class Bars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[note]}"),
             console=Console(file=stream),
         )
@@ -53,14 +55,15 @@ class Bars:
     def start(self, task: str, total: int | None, unit: str) -> None:
         """Show a new bar below the open ones."""
         self._bars.start()
-        self._open.append(self._bars.add_task(task, total=total, unit=unit, note=""))
+        self._open.append(self._bars.add_task(task, total=total, unit=unit, note="", rate=""))
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Move the newest bar; an empty note leaves the last one standing."""
-        if note:
-            self._bars.update(self._open[-1], advance=n, note=note)
-        else:
-            self._bars.update(self._open[-1], advance=n)
+        task = self._open[-1]
+        self._bars.update(task, advance=n)
+        shown = self._bars.tasks[self._bars.task_ids.index(task)]
+        rate = rate_of(shown.completed, shown.elapsed or 0.0, shown.fields["unit"])
+        self._bars.update(task, note=note or shown.fields["note"], rate=rate)
 
     def finish(self) -> None:
         """Close the newest bar and leave it on the screen."""
@@ -111,7 +114,16 @@ class _Task:
         self.done, self.note, self.began = 0, "", time.monotonic()
 
     def line(self, now: float) -> str:
-        """Such as `encode: 12/16 scans · 48 s · 310 patches/s`."""
+        """Such as `add: 12/60 scans · 48 s · 0.25 scans/s · ETA 192 s · 41 MB/s`."""
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
-        parts = [f"{self.name}: {count} {self.unit}", f"{now - self.began:.0f} s", self.note]
+        took = now - self.began
+        left = None if self.total is None or not self.done else took / self.done * (self.total - self.done)
+        eta = f"ETA {left:.0f} s" if left and took >= 1 else ""
+        rate = rate_of(self.done, took, self.unit)
+        parts = [f"{self.name}: {count} {self.unit}", f"{took:.0f} s", rate, eta, self.note]
         return " · ".join(part for part in parts if part)
+
+
+def rate_of(done: float, took_s: float, unit: str) -> str:
+    """Such as `0.25 scans/s`; nothing in the first second, which says little."""
+    return f"{done / took_s:.3g} {unit}/s" if took_s >= 1 and done else ""

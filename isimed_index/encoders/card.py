@@ -72,7 +72,7 @@ class EncoderCard:
             },
             "match_output": self.match_output,
             "metric": self.metric,
-            "intensity": asdict(self.intensity),
+            "intensity": self.intensity.fields(),
             "training": dict(self.training),
         }
 

@@ -31,7 +31,7 @@ from isimed_index.progress import Progress, Silent
 from isimed_index.store.files import CARD, WEIGHTS
 from isimed_index.store.segment import PATCHES, Segment
 from isimed_index.store.snapshot import Snapshot, StoredTable
-from isimed_index.store.sql.catalog import patch_rows
+from isimed_index.store.sql.patches import patch_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +75,7 @@ class Selection:
 
         scans = self.snapshot.matching("scans", self.where)
         found: dict[StoredTable, pa.Table] = {"scans": scans.drop_columns("artefact")}
-        of: tuple[tuple[StoredTable, str], ...] = (("subjects", "subject"), ("labels", "scan"))
+        of: tuple[tuple[StoredTable, str], ...] = (("subjects", "subject"), ("labels", "scan"), ("transforms", "scan"))
         for name, column in of:
             rows = self.snapshot.table(name)
             found[name] = rows.filter(pc.is_in(rows[column], scans[column].combine_chunks()))

@@ -37,19 +37,19 @@ class Exported:
 
 
 @contextmanager
-def becoming(target: Path, *, a_file: bool = False) -> Iterator[Path]:
+def becoming(target: Path, *, a_file: bool = False, replace: bool = False) -> Iterator[Path]:
     """A path beside `target` that takes its name when the block ends well, flushed; else what is there is removed.
 
     `UsageError` when `target` cannot be made: it is there already (an empty folder may be, in place of which another
-    one comes), or the place has no room.
+    one comes; with `replace` a file may be, in place of which another one comes), or the place has no room.
     """
     target = target.absolute()
-    _refuse_occupied(target, a_file)
+    _refuse_occupied(target, a_file, replace)
     draft = target.with_name(f".{new_id()}.partial")
     try:
         yield draft
         sync_tree(draft)
-        _refuse_occupied(target, a_file)  # another process may have been first
+        _refuse_occupied(target, a_file, replace)  # another process may have been first
         draft.rename(target)
         sync_file(target.parent)
     except OSError as error:
@@ -66,9 +66,11 @@ def becoming(target: Path, *, a_file: bool = False) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-def _refuse_occupied(target: Path, a_file: bool) -> None:
+def _refuse_occupied(target: Path, a_file: bool, replace: bool) -> None:
     if not target.parent.is_dir():
         raise UsageError(f"the folder for {target.name!r} does not exist", next_step="make it first")
+    if replace and target.is_file():
+        return
     if target.exists() and (a_file or not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target.name} is there already", next_step="choose another path, or remove it")
 

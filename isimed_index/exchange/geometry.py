@@ -16,9 +16,10 @@ from isimed_index.contracts import arrow_schema
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.errors import ScanRefused, UsageError
 from isimed_index.exchange.given import read_table
+from isimed_index.exchange.incoming import IMPORTED
 from isimed_index.lattice import ScanGeometry
 from isimed_index.space import Affine, apply_affine, checked_affine, inverse, orientation, spacing_mm, to_ras
-from isimed_index.store.snapshot import STORED_TABLES, StoredTable
+from isimed_index.store.snapshot import StoredTable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,7 +64,7 @@ def read_scans(file: Path | None) -> Described:
     """
     import pyarrow as pa
 
-    empty: dict[StoredTable, pa.Table] = {name: arrow_schema(name).empty_table() for name in STORED_TABLES}
+    empty: dict[StoredTable, pa.Table] = {name: arrow_schema(name).empty_table() for name in IMPORTED}
     if file is None:
         return Described({**empty, "scans": empty["scans"].drop_columns("artefact")}, {})
     table = read_table(file)

@@ -57,7 +57,7 @@ def foreign_card(file: Path) -> EncoderCard:
             f"{file.name}: expected factory {FACTORY!r} and no weights, found an encoder that runs here",
             next_step="import the folder that was exported with it, or make a card of its own",
         )
-    own = {"factory": FACTORY, "weights_sha256": None, "network": {}, "training": {}, "intensity": asdict(Intensity())}
+    own = {"factory": FACTORY, "weights_sha256": None, "network": {}, "training": {}, "intensity": Intensity().fields()}
     try:
         card = EncoderCard.described({**own, **fields})
     except EncoderMismatch as error:

@@ -14,6 +14,7 @@ from isimed_index.store.transaction import Proposal, Transaction
 if TYPE_CHECKING:
     import pyarrow as pa
 
+IMPORTED: tuple[StoredTable, ...] = ("scans", "subjects", "labels")  # what else is stored is made again from these
 _FEW = 3  # ids that a message names
 _UNBINDING = ("name", "training")  # fields of a card that change no embedding
 

@@ -22,7 +22,15 @@ from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
 from isimed_index.exchange.columns import vectors_of
 from isimed_index.exchange.export import LATTICES
 from isimed_index.exchange.folder import read_seal
-from isimed_index.exchange.incoming import Batch, Imported, commit, refuse_other_card, refuse_other_content, rows_of
+from isimed_index.exchange.incoming import (
+    IMPORTED,
+    Batch,
+    Imported,
+    commit,
+    refuse_other_card,
+    refuse_other_content,
+    rows_of,
+)
 from isimed_index.ingest.add import BATCH
 from isimed_index.lattice import ScanGeometry
 from isimed_index.progress import Progress, Silent
@@ -31,7 +39,7 @@ from isimed_index.store.files import CARD
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import LATTICE, write_segment
-from isimed_index.store.snapshot import STORED_TABLES, Snapshot, StoredTable
+from isimed_index.store.snapshot import Snapshot, StoredTable
 from isimed_index.store.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -67,7 +75,7 @@ class Folder:
             )
         try:
             tables: dict[StoredTable, pa.Table] = {
-                name: pq.read_table(path / f"{name}.parquet", partitioning=None) for name in STORED_TABLES
+                name: pq.read_table(path / f"{name}.parquet", partitioning=None) for name in IMPORTED
             }
             lattices = json.loads((path / LATTICES).read_text(encoding="utf-8"))
             cards = [json.loads((path / name).read_text(encoding="utf-8")) for name in _named(seal["files"], CARD)]

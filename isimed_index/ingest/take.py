@@ -1,11 +1,15 @@
-"""One file → a scan whose voxels are staged in the store, and the rows that it will have there."""
+"""One file → a scan whose voxels lie in a folder of the store, and the rows that it will have there.
+
+All of it runs in a worker, which holds one volume at a time; what goes back to the one who commits is a few rows.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +18,18 @@ from numpy.typing import NDArray
 from isimed_index.errors import ScanRefused
 from isimed_index.ingest.choose import Chosen
 from isimed_index.ingest.options import AddOptions
-from isimed_index.scans.dicom.series import FACTS
-from isimed_index.scans.discover import label_path
+from isimed_index.ingest.report import Facts
+from isimed_index.scans.allowed import COLUMNS
+from isimed_index.scans.discover import is_text, label_path
+from isimed_index.scans.label_files import read_label_files
 from isimed_index.scans.prepare import resample
 from isimed_index.scans.read import read_labels, read_scan, read_series
 from isimed_index.scans.scan import LabelMap, Scan
 from isimed_index.space import affine_in_orientation, apply_affine
 from isimed_index.store.manifest import Artefact
-from isimed_index.store.transaction import Transaction
 
+_DENSE = 4096  # labels between the least and the greatest that are counted in a table of all of them
+_CHOICES = ("volume", "stated_orientation")  # columns that only scans have of which the user chose or said it
 SIZES = ("nx", "ny", "nz", "dx_mm", "dy_mm", "dz_mm")
 
 
@@ -37,6 +44,25 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """One file that was read: its rows, and the folder that it was written to where its content was wanted."""
+
+    file: Chosen
+    digest: str
+    folder: Path | None
+    row: dict[str, Any]
+    labels: list[dict[str, Any]] | None  # None: it came without a label map
+    facts: Facts
+    megabytes: float  # of voxels, as they are in memory
+    seconds: float
+    thumbnail: str | None  # its name in the folder of thumbnails
+
+    def unwritten(self) -> Taken:
+        """The same, without the folder, which is another file's now."""
+        return replace(self, folder=None)
+
+
+@dataclass(frozen=True, slots=True)
 class Staged:
     """One file whose voxels are on disk: its rows, but for the id that the commit gives it."""
 
@@ -46,19 +72,77 @@ class Staged:
     row: dict[str, Any]
     labels: list[dict[str, Any]]
 
+    @classmethod
+    def of(cls, taken: Taken, artefact: Artefact) -> Staged:
+        """What was taken, once its folder is durable and described."""
+        return cls(taken.file, taken.digest, artefact, {**taken.row, "artefact": artefact.path}, taken.labels or [])
 
-def each(
-    pool: ThreadPoolExecutor, chosen: Sequence[Chosen], options: AddOptions, names: Mapping[int, str]
-) -> Iterator[tuple[Chosen, Read | ScanRefused]]:
-    """Read files in threads and in order, a few at a time: memory holds one volume per worker and no more."""
-    for begin in range(0, len(chosen), options.workers):
-        some = chosen[begin : begin + options.workers]
-        yield from zip(some, pool.map(lambda file: _read(file, options, names), some), strict=True)
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One file to be taken: its place among all, and an empty folder of the store."""
+
+    number: int
+    file: Chosen
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What holds for all files of an add."""
+
+    options: AddOptions
+    names: Mapping[int, str]  # of labels
+
+
+def take(task: Task, job: Job, wanted: Callable[[str], bool]) -> Taken | ScanRefused:
+    """Read one file and write it to the task's folder if its content is `wanted`, told by its digest."""
+    from isimed_index.scans.chunks import write_chunks
+
+    began = time.perf_counter()
+    try:
+        read = _read(task.file, job.options, job.names)
+    except MemoryError:
+        return ScanRefused(f"{task.file.shown}: there is not enough memory to read it", next_step="use fewer workers")
+    if isinstance(read, ScanRefused):
+        return read
+    write = wanted(read.digest)
+    if write:
+        write_chunks(read.scan, read.labels, task.folder)
+    thumbnail = None
+    if job.options.thumbnails is not None:
+        from isimed_index.ingest.thumbnail import thumbnail_png
+
+        thumbnail = f"{task.number:07d}.png"
+        (job.options.thumbnails / thumbnail).write_bytes(thumbnail_png(read.scan))
+    return Taken(
+        file=read.file,
+        digest=read.digest,
+        folder=task.folder if write else None,
+        row=_row(read),
+        labels=None if read.labels is None else _label_rows(read.labels, read.scan),
+        facts=Facts.of(read.scan),
+        megabytes=read.scan.voxels.nbytes / 1e6,
+        seconds=time.perf_counter() - began,
+        thumbnail=thumbnail,
+    )
 
 
 def _read(file: Chosen, options: AddOptions, names: Mapping[int, str]) -> Read | ScanRefused:
     try:
-        scan = read_series(file.series, file.name) if file.series else read_scan(file.path, file.name)
+        if not all(is_text(name) for name in (file.name, file.subject, file.session) if name):
+            raise ScanRefused(
+                "its name, or that of its folder, holds characters that cannot be shown: line breaks, control "
+                "characters, or bytes that are no text",
+                next_step="rename it",
+            )
+        if file.series:
+            scan = read_series(file.series, file.name, options.volume)
+        else:
+            scan = read_scan(file.path, file.name, options.volume, options.analyze_axes)
+        if "volume" in scan.attributes:  # two volumes of one file are two scans
+            file = replace(file, name=f"{file.name}_vol-{scan.attributes['volume']}")
+            scan = replace(scan, id=file.name)
         labels = None
         if options.labels and file.series:
             raise ScanRefused("label maps of DICOM series are not read", next_step="add it without --labels")
@@ -69,7 +153,9 @@ def _read(file: Chosen, options: AddOptions, names: Mapping[int, str]) -> Read |
                     f"its label map {beside.name} does not exist",
                     next_step="add it without --labels, or mend the pattern",
                 )
-            labels = read_labels(beside, scan, names)
+            labels = read_labels(beside, scan, names, options.analyze_axes)
+        elif file.image is not None and file.image.labels is not None and options.spacing_mm is None:
+            labels = read_label_files(file.image.labels, scan, names)
         if options.spacing_mm is not None:
             values, affine = resample(scan.values(), scan.affine, options.spacing_mm)
             # What the user knows as voxels are those of the file, before it was resampled.
@@ -81,15 +167,10 @@ def _read(file: Chosen, options: AddOptions, names: Mapping[int, str]) -> Read |
         return error
 
 
-def stage(transaction: Transaction, read: Read) -> Staged:
-    """Write a scan's voxels; what is kept of it in memory is a few rows."""
-    from isimed_index.scans.chunks import write_chunks
-
-    directory = transaction.stage("scan")
-    write_chunks(read.scan, read.labels, directory)
-    artefact = transaction.add("scan", directory)
+def _row(read: Read) -> dict[str, Any]:
+    """The row of `scans`, but for its id and its artefact."""
     scan = read.scan
-    row = {
+    return {
         "subject": read.file.subject,
         "session": read.file.session,
         "modality": scan.attributes.get("modality"),
@@ -98,11 +179,10 @@ def stage(transaction: Transaction, read: Read) -> Staged:
         "orientation": scan.attributes.get("source_orientation"),
         "format": scan.attributes.get("source_format"),
         "digest": read.digest,
-        "artefact": artefact.path,
-        **{fact: scan.attributes[fact] for fact in FACTS if fact in scan.attributes},
+        **({"source": read.file.source} if read.file.source else {}),
+        **({"label_overlap_voxels": overlap} if read.labels and (overlap := read.labels.overlap_voxels) else {}),
+        **{fact: scan.attributes[fact] for fact in (*COLUMNS, *_CHOICES) if fact in scan.attributes},
     }
-    labels = [] if read.labels is None else _label_rows(read.labels, scan)
-    return Staged(read.file, read.digest, artefact, row, labels)
 
 
 def _label_rows(labels: LabelMap, scan: Scan) -> list[dict[str, Any]]:
@@ -117,9 +197,25 @@ def _label_rows(labels: LabelMap, scan: Scan) -> list[dict[str, Any]]:
 
 
 def label_centroids(labels: NDArray[Any]) -> dict[int, tuple[int, NDArray[np.float64]]]:
-    """Every label but 0 of a map (x, y, z) → how many voxels it has and its centroid (3,) in voxel indices."""
-    index = np.argwhere(labels)
-    values, inverse = np.unique(labels[tuple(index.T)], return_inverse=True)
-    counts = np.bincount(inverse, minlength=len(values))
-    sums = np.stack([np.bincount(inverse, weights=index[:, axis], minlength=len(values)) for axis in range(3)], axis=1)
-    return {int(v): (int(n), s / n) for v, n, s in zip(values, counts, sums, strict=True)}
+    """Every label but 0 of a map (x, y, z) → how many voxels it has and its centroid (3,) in voxel indices.
+
+    Plane by plane, because the indices of all voxels at once take many times the map's own memory.
+    """
+    least, most = int(labels.min()), int(labels.max())
+    dense = most - least < _DENSE
+    values = np.arange(least, most + 1) if dense else np.unique(labels)  # (n,)
+    n = len(values)
+    counts, sums = np.zeros(n, np.int64), np.zeros((n, 3))
+    for x, plane in enumerate(labels):
+        flat = plane.ravel()
+        at = np.flatnonzero(flat)
+        if not len(at):
+            continue
+        found = flat[at]
+        code = found.astype(np.int64) - least if dense else np.searchsorted(values, found)
+        of_plane = np.bincount(code, minlength=n)
+        counts += of_plane
+        sums[:, 0] += x * of_plane
+        for axis, index in zip((1, 2), np.divmod(at, plane.shape[1]), strict=True):
+            sums[:, axis] += np.bincount(code, weights=index, minlength=n)
+    return {int(values[i]): (int(counts[i]), sums[i] / counts[i]) for i in np.flatnonzero(counts)}

@@ -61,9 +61,16 @@ def new_card(config: PretrainConfig, name: str, preset: str) -> EncoderCard:
         outputs=outputs,
         match_output=match_output,
         metric="cosine" if match_output == "descriptor" else "l2",
-        intensity=Intensity(),
+        intensity=intensity_of(config),
         training={"preset": preset, **asdict(config)},
     )
+
+
+def intensity_of(config: PretrainConfig) -> Intensity:
+    """How the values of scans are scaled: by a window, or by percentiles where the configuration has none."""
+    if config.window_low == config.window_high:
+        return Intensity()
+    return Intensity(window_low=config.window_low, window_high=config.window_high)
 
 
 def train(

@@ -2,11 +2,12 @@
 
     <directory>/zarr.json            multiscales metadata; our own facts under the attribute `isimed`
     <directory>/0/                   voxels (x, y, z) in their stored type
-    <directory>/labels/anatomy/0/    labels on the same grid, their names in `image-label`
+    <directory>/1/ …                 coarser copies for viewers (`pyramid`); nothing here reads them
+    <directory>/labels/anatomy/0/    labels on the same grids, their names in `image-label`
 
-OME-Zarr 0.5 can say a scale and a translation only; the exact 4×4 affine, slope and intercept are in `isimed`. Every
-shard is written even when it is empty and every chunk carries a CRC-32C, so a missing or changed file is an error and
-never a silent zero. (Zarr itself reads zeros where a shard is missing or has no bytes.)
+OME-Zarr 0.5 can say a scale and a translation only; the exact 4×4 affine of each level, slope and intercept are in
+`isimed`. Every shard is written even when it is empty and every chunk carries a CRC-32C, so a missing or changed file
+is an error and never a silent zero. (Zarr itself reads zeros where a shard is missing or has no bytes.)
 
 A scan whose embeddings came without its voxels is a group without arrays: `isimed` then holds its `shape`, and
 `"voxels": "absent"`. Whoever asks for its voxels is told so.
@@ -14,8 +15,9 @@ A scan whose embeddings came without its voxels is a group without arrays: `isim
 
 from __future__ import annotations
 
+import colorsys
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -30,26 +32,35 @@ from numpy.typing import NDArray
 
 from isimed_index.errors import NotFound, StoreDamaged, UsageError
 from isimed_index.grid import Box
+from isimed_index.scans.pyramid import Level, Triple, coarser_image, coarser_labels, levels
 from isimed_index.scans.scan import LabelMap, Scan, physical_values
 from isimed_index.space import Affine
 
 LABELS_NAME = "anatomy"
 _OME_VERSION = "0.5"
+_METHODS = {
+    "mean": "mean of the voxels of the level before; halves go to the even integer",
+    "mode": "commonest label of the level before; of several one that is not 0, then the smallest",
+}
 _ABSENT = "absent"  # what `voxels` says of a scan that is stored without them
 _CHUNK = 64
 _SHARD = 256
+_GOLDEN_TURN = 0.618034  # of the hue from a label to the next: neighbours in number look unlike
 
 
 def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
     """Write `scan` and its label map into `directory`, which is new or empty."""
     if labels is not None and labels.voxels.shape != scan.shape:
         raise UsageError(f"expected labels of shape {scan.shape}, found {labels.voxels.shape}")
+    pyramid = levels(scan.shape, scan.spacing_mm)
+    affines = [level.affine(scan.affine) for level in pyramid]
     root = zarr.create_group(
         store=zarr.storage.LocalStore(directory),
         attributes={
-            "ome": {"version": _OME_VERSION, "multiscales": [_multiscale(scan)]},
+            "ome": {"version": _OME_VERSION, "multiscales": [_multiscale("image", "mean", scan, pyramid)]},
             "isimed": {
                 "affine": scan.affine.tolist(),
+                "levels": [{"path": str(n), "affine": affine.tolist()} for n, affine in enumerate(affines)],
                 "slope": scan.slope,
                 "intercept": scan.intercept,
                 "background": scan.background,
@@ -57,16 +68,18 @@ def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
             },
         },
     )
-    _write_array(root, scan.voxels)
+    _write_levels(root, scan.voxels, pyramid, coarser_image)
     if labels is None:
         return
     group = root.create_group("labels", attributes={"ome": {"version": _OME_VERSION, "labels": [LABELS_NAME]}})
     properties = [{"label-value": label, "name": name} for label, name in sorted(labels.names.items())]
-    image_label: dict[str, Any] = {"source": {"image": "../../"}}
+    image_label: dict[str, Any] = {"source": {"image": "../../"}, "colors": _colours(labels)}
     if properties:
         image_label["properties"] = properties
-    ome = {"version": _OME_VERSION, "multiscales": [_multiscale(scan)], "image-label": image_label}
-    _write_array(group.create_group(LABELS_NAME, attributes={"ome": ome}), labels.voxels)
+    multiscales = [_multiscale(LABELS_NAME, "mode", scan, pyramid)]
+    ome = {"version": _OME_VERSION, "multiscales": multiscales, "image-label": image_label}
+    anatomy = group.create_group(LABELS_NAME, attributes={"ome": ome})
+    _write_levels(anatomy, labels.voxels, pyramid, coarser_labels)
 
 
 def write_absent(
@@ -172,35 +185,61 @@ def open_chunks(directory: Path, scan: str | None = None) -> StoredScan:
         )
 
 
-def _multiscale(scan: Scan) -> dict[str, Any]:
-    """OME-Zarr multiscales metadata: the axis-aligned part of the affine."""
-    return {
-        "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "xyz"],
-        "datasets": [
-            {
-                "path": "0",
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": scan.spacing_mm.tolist()},
-                    {"type": "translation", "translation": scan.affine[:3, 3].tolist()},
-                ],
-            }
-        ],
-    }
+def _colours(labels: LabelMap) -> list[dict[str, Any]]:
+    """A colour for every label that has a name, or, without any, that occurs: the same for a number in all scans.
+
+    OME-Zarr's validators want colours and `properties` for the same labels.
+    """
+    coloured = []
+    for label in sorted(labels.names or {0, *map(int, np.unique(labels.voxels))}):
+        red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN_TURN % 1, 0.7, 0.95)
+        rgba = [round(255 * part) for part in (red, green, blue)] + [255] if label else [0, 0, 0, 0]
+        coloured.append({"label-value": label, "rgba": rgba})
+    return coloured
 
 
-def _write_array(group: Any, voxels: NDArray[Any]) -> None:
+def _multiscale(name: str, method: str, scan: Scan, pyramid: Sequence[Level]) -> dict[str, Any]:
+    """OME-Zarr multiscales metadata: the axis-aligned part of each level's affine, seen from the first voxel."""
+    datasets = []
+    for number, level in enumerate(pyramid):
+        factor = np.array(level.factor)
+        scale = scan.spacing_mm * factor
+        place = scan.affine[:3, 3] + scan.spacing_mm * (factor - 1) / 2
+        transforms = [
+            {"type": "scale", "scale": scale.tolist()},
+            {"type": "translation", "translation": place.tolist()},
+        ]
+        datasets.append({"path": str(number), "coordinateTransformations": transforms})
+    axes = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "xyz"]
+    said = {"description": _METHODS[method], "method": "isimed_index.scans.pyramid"}
+    return {"name": name, "axes": axes, "datasets": datasets, "type": method, "metadata": said}
+
+
+def _write_levels(
+    group: Any, voxels: NDArray[Any], pyramid: Sequence[Level], coarser: Callable[[NDArray[Any], Triple], NDArray[Any]]
+) -> None:
+    """Write every level, each made from the one before."""
+    for number, level in enumerate(pyramid):
+        voxels = coarser(voxels, level.step) if number else voxels
+        _write_array(group, str(number), voxels)
+
+
+def _write_array(group: Any, path: str, voxels: NDArray[Any]) -> None:
+    """Write an array shard by shard: what Zarr needs beside it is bounded by a shard."""
     shards = tuple(min(_SHARD, _CHUNK * math.ceil(n / _CHUNK)) for n in voxels.shape)
     array = group.create_array(
-        "0",
+        path,
         shape=voxels.shape,
         dtype=voxels.dtype,
         chunks=(_CHUNK,) * 3,
         shards=shards,
-        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
+        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
         dimension_names=list("xyz"),
         config={"write_empty_chunks": True},
     )
-    array[...] = voxels
+    for starts in product(*[range(0, n, shard) for n, shard in zip(voxels.shape, shards, strict=True)]):
+        shard = tuple(slice(start, start + side) for start, side in zip(starts, shards, strict=True))
+        array[shard] = voxels[shard]
 
 
 def _open_array(directory: Path, root: Any, path: str) -> Any:
@@ -228,3 +267,12 @@ def _damage(directory: Path) -> Iterator[None]:
             f"stored scan {directory.name} is missing, incomplete or damaged ({type(error).__name__})",
             next_step="restore the store from a backup, or add the file to a new one",
         ) from error
+
+
+def slabs(directory: Path) -> Iterator[NDArray[Any]]:
+    """The elements of any one stored array, decoded, a row of shards at a time; `StoreDamaged` when unreadable."""
+    with _damage(directory):
+        array = zarr.open_array(store=zarr.storage.LocalStore(directory, read_only=True), mode="r")
+        step = (array.shards or array.chunks or array.shape)[0] if array.shape else 1
+        for start in range(0, array.shape[0] if array.shape else 1, step):
+            yield np.ascontiguousarray(array[start : start + step] if array.shape else array[...])

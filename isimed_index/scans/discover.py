@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -17,16 +18,17 @@ _SKIPPED_FOLDERS = (".zarr", ".isimed")
 _BIDS_ENTITY = re.compile(r"(?:^|_)((sub|ses)-[A-Za-z0-9]+)")
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
+def find_files(paths: Sequence[Path], without: Collection[Path] = ()) -> list[Path]:
     """The files given, and all images of the folders given, recursively and sorted; each file once.
 
     Images are known by their suffix (`SUFFIXES`), DICOM by its content, whatever its name. Hidden files and folders are
-    passed over. Raises `UsageError` for a path that does not exist and `ScanRefused` for a folder that holds no image.
+    passed over, and so are the folders `without`, as they are found below those given. Raises `UsageError` for a path
+    that does not exist and `ScanRefused` for a folder that holds no image.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            files = sorted(_images(path))
+            files = sorted(_images(path, without))
             if not files:
                 raise ScanRefused(
                     f"no image file in folder {path.resolve().name}",
@@ -37,8 +39,13 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise UsageError(f"there is no file or folder {path.name}", next_step="check the path")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(real(file), file)
     return list(found.values())
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, links followed; `Path.resolve` raises where links lead in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def stem(path: Path) -> str:
@@ -47,14 +54,22 @@ def stem(path: Path) -> str:
     return path.name[: -len(suffix)] if suffix else path.stem
 
 
-def unique_ids(paths: Sequence[Path], taken: Collection[str]) -> list[str]:
-    """One id a file, in order: its stem; its folder before it where the stem is not unique; then a number as well."""
+def is_text(name: str) -> bool:
+    """Whether a name can be stored and shown: no control characters, no bytes that are no text, no line breaks."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+
+
+def unique_ids(paths: Sequence[Path], taken: Collection[str], ending: str = "") -> list[str]:
+    """One id a file, in order: its stem; its folder before it where the stem is not unique; then a number as well.
+
+    `ending` follows every stem.
+    """
     used = set(taken)
     repeated = Counter(stem(path) for path in paths)
     ids: list[str] = []
     for path in paths:
-        name = stem(path)
-        if repeated[name] > 1 or name in used:
+        name = stem(path) + ending
+        if repeated[stem(path)] > 1 or name in used:
             name = f"{_folders(path)[0]}_{name}"
         candidate, number = name, 2
         while candidate in used:
@@ -79,8 +94,8 @@ def label_path(image: Path, pattern: str) -> Path:
 def without_labels(paths: Iterable[Path], pattern: str) -> list[Path]:
     """`paths` less those that are the label map of another one of them by `pattern`."""
     images = list(paths)
-    labels = {label_path(image, pattern).resolve() for image in images}
-    return [image for image in images if image.resolve() not in labels]
+    labels = {real(label_path(image, pattern)) for image in images}
+    return [image for image in images if real(image) not in labels]
 
 
 def subject_and_session(
@@ -125,9 +140,14 @@ def _compiled(regex: str) -> re.Pattern[str]:
     return pattern
 
 
-def _images(folder: Path) -> Iterable[Path]:
+def is_skipped(folder: str) -> bool:
+    """Whether a folder of this name is passed over: hidden ones, and those that are stores or OME-Zarr."""
+    return folder.startswith(".") or folder.endswith(_SKIPPED_FOLDERS)
+
+
+def _images(folder: Path, without: Collection[Path]) -> Iterable[Path]:
     for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(_SKIPPED_FOLDERS)]
+        folders[:] = [name for name in folders if not is_skipped(name) and Path(where) / name not in without]
         for name in files:
             if not name.startswith(".") and _is_image(path := Path(where) / name):
                 yield path

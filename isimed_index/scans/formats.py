@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from isimed_index.errors import ScanRefused
-from isimed_index.scans import metaimage, mgh, nifti, nrrd
-from isimed_index.scans.volume import Volume3D
+from isimed_index.scans import analyze, metaimage, mgh, nifti, nrrd
+from isimed_index.scans.part import Wanted
+from isimed_index.scans.volume import Volume3D, check_regular
+
+
+def _load_pair(path: Path, wanted: Wanted) -> Volume3D:
+    return analyze.load(path, wanted) if analyze.is_analyze(path) else nifti.load(path, wanted)
+
 
 _READERS = {
     ".nii": nifti.load,
     ".nii.gz": nifti.load,
-    ".hdr": nifti.load,
-    ".hdr.gz": nifti.load,
+    ".hdr": _load_pair,
+    ".hdr.gz": _load_pair,
     ".nrrd": nrrd.load,
     ".nhdr": nrrd.load,
     ".mha": metaimage.load,
@@ -24,14 +30,15 @@ SUFFIXES = tuple(_READERS)
 _DATA_SUFFIXES = (".img", ".img.gz")  # the voxels of a pair; its header is the file that is read
 
 
-def load(path: Path) -> Volume3D:
-    """Read one file; raises `ScanRefused` without the file's name, which the caller adds."""
+def load(path: Path, wanted: Wanted) -> Volume3D:
+    """Read one volume of a file; raises `ScanRefused` without the file's name, which the caller adds."""
+    check_regular(path)
     if is_pair_data(path):
         header = header_beside(path)
         if header is None:
             raise ScanRefused("its header (.hdr) is not beside it", next_step="copy both files of the pair")
         path = header
-    return _READERS.get(suffix_of(path), nifti.load)(path)
+    return _READERS.get(suffix_of(path), nifti.load)(path, wanted)
 
 
 def is_pair_data(path: Path) -> bool:

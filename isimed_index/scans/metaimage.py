@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from isimed_index.errors import ScanRefused
+from isimed_index.scans.part import COPY_AGAIN, Part, Wanted, checked_part
 from isimed_index.scans.volume import (
-    COPY_AGAIN,
     Source,
     Volume3D,
-    checked_shape,
     checked_type,
     named_damage,
     not_scalar,
@@ -46,23 +45,23 @@ _MATRICES = ("TransformMatrix", "Orientation", "Rotation")
 _ORDERS = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 
 
-def load(path: Path) -> Volume3D:
+def load(path: Path, wanted: Wanted) -> Volume3D:
     """Read one file; raises `ScanRefused` without the file's name, which the caller adds."""
     with named_damage(), path.open("rb") as raw:
         fields = _fields(raw)
-        shape = _shape(fields)
+        part = _part(fields, wanted)
         dtype = _dtype(fields)
         affine = _affine(fields)
         if not _true(fields, "BinaryData", "True"):
             raise ScanRefused("its voxels are text", next_step="save it with binary data")
         name = fields["ElementDataFile"]
         if name.upper() == "LOCAL":
-            voxels = read_voxels(_data(raw, path.stat().st_size, fields, shape, dtype), shape, dtype)
+            voxels = read_voxels(_data(raw, fields, part, dtype), part, dtype, wanted)
         else:
-            data = _data_file(path, name)
-            with data.open("rb") as detached:
-                voxels = read_voxels(_data(detached, data.stat().st_size, fields, shape, dtype), shape, dtype)
-    return turned_volume(voxels, affine, {"source_format": "MetaImage", "affine_source": "TransformMatrix"})
+            with _data_file(path, name).open("rb") as detached:
+                voxels = read_voxels(_data(detached, fields, part, dtype), part, dtype, wanted)
+    attributes = {"source_format": "MetaImage", "affine_source": "TransformMatrix", **part.attributes}
+    return turned_volume(voxels, affine, attributes)
 
 
 def _fields(raw: BinaryIO) -> dict[str, str]:
@@ -96,16 +95,15 @@ def _true(fields: dict[str, str], key: str, default: str = "False") -> bool:
     return fields.get(key, default).lower() in ("true", "t", "1")
 
 
-def _shape(fields: dict[str, str]) -> tuple[int, int, int]:
+def _part(fields: dict[str, str], wanted: Wanted) -> Part:
     sizes = _numbers(fields, "DimSize") or []
     if _numbers(fields, "NDims") != [float(len(sizes))] or not all(size == int(size) for size in sizes):
         raise ScanRefused("the header is damaged: its DimSize does not fit its NDims", next_step=COPY_AGAIN)
     if (_numbers(fields, "ElementNumberOfChannels") or [1.0]) != [1.0]:
         raise not_scalar("several numbers a voxel: vector or colour (RGB)")
-    dims = checked_shape(tuple(int(size) for size in sizes))
-    if len(sizes) != 3:
-        raise ScanRefused(f"expected a 3-D header, found {len(sizes)}-D", next_step="save it as a 3-D volume")
-    return dims
+    if len(sizes) > 4:
+        raise ScanRefused(f"expected a 3-D header, found {len(sizes)}-D", next_step="save it as 3-D volumes")
+    return checked_part(tuple(int(size) for size in sizes), wanted)
 
 
 def _dtype(fields: dict[str, str]) -> np.dtype[Any]:
@@ -131,14 +129,18 @@ def _affine(fields: dict[str, str]) -> Affine:
             "the header does not say where the voxels lie: it needs TransformMatrix, Offset and ElementSpacing",
             next_step="save it again with its orientation",
         )
-    if (len(matrix), len(offset), len(spacing)) != (9, 3, 3):
+    axes = int((_numbers(fields, "NDims") or [3.0])[0])
+    if (len(matrix), len(offset), len(spacing)) != (axes**2, axes, axes):
         raise ScanRefused(
-            "the header is damaged: its TransformMatrix, Offset and ElementSpacing are not those of 3-D",
+            f"the header is damaged: its TransformMatrix, Offset and ElementSpacing are not those of {axes}-D",
             next_step=COPY_AGAIN,
         )
+    turn = np.array(matrix).reshape(axes, axes).T  # the file lists one axis after the other
+    if turn[3:, :3].any() or turn[:3, 3:].any():
+        raise ScanRefused("its volumes do not lie at one place: time runs through space", next_step="save them in 3-D")
     affine = np.eye(4)
-    affine[:3, :3] = np.array(matrix).reshape(3, 3).T * spacing  # the file lists one axis after the other
-    affine[:3, 3] = offset
+    affine[:3, :3] = turn[:3, :3] * spacing[:3]
+    affine[:3, 3] = offset[:3]
     return checked_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
 
 
@@ -150,19 +152,19 @@ def _data_file(header: Path, name: str) -> Path:
         raise ScanRefused("its data file is not beside it", next_step="put both files into one folder")
     if not (data := header.parent / name).is_file():
         raise ScanRefused("the file with its voxels is not beside it", next_step="copy both files")
+    if data.samefile(header):
+        raise ScanRefused("the header names itself as the file with its voxels", next_step="copy both files")
     return data
 
 
-def _data(
-    raw: BinaryIO, size: int, fields: dict[str, str], shape: tuple[int, int, int], dtype: np.dtype[Any]
-) -> Source:
+def _data(raw: BinaryIO, fields: dict[str, str], part: Part, dtype: np.dtype[Any]) -> Source:
     """The stream of voxels, behind the bytes that the header says to skip."""
     skip = _numbers(fields, "HeaderSize") or [0.0]
     if len(skip) != 1 or skip[0] != int(skip[0]) or skip[0] < -1:
         raise ScanRefused("the header is damaged: its HeaderSize is no number of bytes", next_step=COPY_AGAIN)
-    compressed = _true(fields, "CompressedData")
-    if skip[0] == -1 and not compressed:  # the voxels are the file's last bytes
-        raw.seek(max(0, size - int(np.prod(shape, dtype=object)) * dtype.itemsize))
+    source = unpacked(raw, "zlib" if _true(fields, "CompressedData") else "raw")
+    if skip[0] == -1 and source.packed_bytes is None:  # the voxels are the file's last bytes
+        raw.seek(max(0, source.most_bytes - part.count * math.prod(part.shape) * dtype.itemsize))
     elif skip[0] > 0:
         raw.seek(int(skip[0]))
-    return unpacked(raw, size - raw.tell(), "zlib" if compressed else "raw")
+    return source

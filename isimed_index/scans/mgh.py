@@ -11,21 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from isimed_index.errors import ScanRefused
-from isimed_index.scans.volume import (
-    COPY_AGAIN,
-    Volume3D,
-    checked_shape,
-    checked_type,
-    open_source,
-    read_voxels,
-    turned_volume,
-)
+from isimed_index.scans.part import COPY_AGAIN, Wanted, checked_part
+from isimed_index.scans.volume import Volume3D, checked_type, open_source, read_voxels, turned_volume
 from isimed_index.space import checked_affine
 
 _HEADER_BYTES = 284  # the voxels begin here; what follows them (TR, flip angle, …) is not used
 
 
-def load(path: Path) -> Volume3D:
+def load(path: Path, wanted: Wanted) -> Volume3D:
     """Read one file; raises `ScanRefused` without the file's name, which the caller adds."""
     from nibabel.freesurfer.mghformat import MGHHeader
     from nibabel.spatialimages import HeaderDataError
@@ -39,7 +32,7 @@ def load(path: Path) -> Volume3D:
             dtype = checked_type(np.dtype(header.get_data_dtype()).newbyteorder(">"))
         except (KeyError, ValueError, HeaderDataError) as error:
             raise ScanRefused("the header is damaged", next_step=COPY_AGAIN) from error
-        shape = checked_shape(tuple(int(n) for n in header["dims"]))
+        part = checked_part(tuple(int(n) for n in header["dims"]), wanted)
         if block[28:30] == b"\0\0":  # nibabel sets the flag together with its default
             raise ScanRefused(
                 "the header does not say where the voxels lie: its goodRASFlag is not set",
@@ -47,5 +40,5 @@ def load(path: Path) -> Volume3D:
             )
         with np.errstate(all="ignore"):  # what overflows is no finite number, and is refused
             affine = checked_affine(header.get_affine())
-        voxels = read_voxels(source, shape, dtype)
-    return turned_volume(voxels, affine, {"source_format": "MGH", "affine_source": "RAS matrix"})
+        voxels = read_voxels(source, part, dtype, wanted)
+    return turned_volume(voxels, affine, {"source_format": "MGH", "affine_source": "RAS matrix", **part.attributes})

@@ -7,18 +7,19 @@ specification, section "space origin"). Data is raw, gzip or bzip2; text encodin
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isimed_index.errors import ScanRefused
+from isimed_index.scans.part import COPY_AGAIN, Part, Wanted, checked_part
 from isimed_index.scans.volume import (
-    COPY_AGAIN,
     Source,
     Volume3D,
-    checked_shape,
     checked_type,
     named_damage,
     not_scalar,
@@ -57,12 +58,12 @@ _VECTOR = re.compile(r"none|\(([^()]*)\)")
 _SCALAR_KINDS = ("domain", "space", "none", "???", "stub", "scalar")
 
 
-def load(path: Path) -> Volume3D:
+def load(path: Path, wanted: Wanted) -> Volume3D:
     """Read one file; raises `ScanRefused` without the file's name, which the caller adds."""
     with named_damage(), path.open("rb") as raw:
         fields = _fields(raw)
         axes = _kept_axes(fields)
-        shape = checked_shape(tuple(int(_words(fields, "sizes")[axis]) for axis in axes))
+        part = _part(fields, axes, wanted)
         dtype = _dtype(fields)
         affine = _affine(fields, axes)
         encoding = _ENCODINGS.get(fields.get("encoding", "").lower())
@@ -73,15 +74,12 @@ def load(path: Path) -> Volume3D:
             )
         name = fields.get("data file", fields.get("datafile"))
         if name is None:
-            size = path.stat().st_size - raw.tell()
-            voxels = read_voxels(_skipped(raw, size, encoding, fields, shape, dtype), shape, dtype)
+            voxels = _voxels(raw, encoding, fields, part, dtype, wanted)
         else:
-            data = _data_file(path, name)
-            with data.open("rb") as detached:
-                voxels = read_voxels(
-                    _skipped(detached, data.stat().st_size, encoding, fields, shape, dtype), shape, dtype
-                )
-    return turned_volume(voxels, affine, {"source_format": "NRRD", "affine_source": "space directions"})
+            with _data_file(path, name).open("rb") as detached:
+                voxels = _voxels(detached, encoding, fields, part, dtype, wanted)
+    attributes = {"source_format": "NRRD", "affine_source": "space directions", **part.attributes}
+    return turned_volume(voxels, affine, attributes)
 
 
 def _fields(raw: BinaryIO) -> dict[str, str]:
@@ -124,6 +122,22 @@ def _kept_axes(fields: dict[str, str]) -> list[int]:
     return [axis for axis, size in enumerate(sizes) if spatial[axis] or size > 1]
 
 
+def _part(fields: dict[str, str], axes: list[int], wanted: Wanted) -> Part:
+    """Which part of the data is asked for; the axis that counts volumes has no direction, and is the first or last."""
+    sizes = [int(_words(fields, "sizes")[axis]) for axis in axes]
+    directions = _directions(fields)
+    if len(axes) != 4 or directions[axes[3]] is None:
+        return checked_part(tuple(sizes), wanted)
+    kinds = fields.get("kinds", "").lower().split()
+    if directions[axes[0]] is not None or not kinds or kinds[axes[0]] not in ("list", "time"):
+        raise ScanRefused(
+            "it is 4-D, and its header does not say which axis counts volumes: expected the last one, or a first one "
+            "of kind list or time",
+            next_step="save it as 3-D volumes",
+        )
+    return checked_part(tuple(sizes), wanted, interleaved=True)
+
+
 def _dtype(fields: dict[str, str]) -> np.dtype[Any]:
     name = fields.get("type", "").lower()
     if name not in _DTYPES:
@@ -159,7 +173,8 @@ def _affine(fields: dict[str, str], axes: list[int]) -> Affine:
     if not units <= {"mm", "millimeter", "millimetre", ""}:
         raise ScanRefused(f"its space units are {', '.join(sorted(units))}, expected mm", next_step="save it in mm")
     every = _directions(fields)
-    directions = [every[axis] for axis in axes]
+    # Of four axes one counts volumes.
+    directions = [every[axis] for axis in axes if len(axes) < 4 or every[axis] is not None]
     origin = _VECTOR.fullmatch(fields.get("space origin", ""))
     if origin is None or origin[1] is None or any(direction is None for direction in directions):
         raise unplaced
@@ -191,13 +206,15 @@ def _data_file(header: Path, name: str) -> Path:
         raise ScanRefused("its data file is not beside it", next_step="put both files into one folder")
     if not (data := header.parent / name).is_file():
         raise ScanRefused("the file with its voxels is not beside it", next_step="copy both files")
+    if data.samefile(header):
+        raise ScanRefused("the header names itself as the file with its voxels", next_step="copy both files")
     return data
 
 
-def _skipped(
-    raw: BinaryIO, size: int, encoding: str, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> Source:
-    """The stream of voxels, behind the lines and bytes that the header says to skip."""
+def _voxels(
+    raw: BinaryIO, encoding: str, fields: dict[str, str], part: Part, dtype: np.dtype[Any], wanted: Wanted
+) -> NDArray[Any]:
+    """The voxels, behind the lines and bytes that the header says to skip."""
     try:
         lines = int(fields.get("line skip", fields.get("lineskip", "0")))
         count = int(fields.get("byte skip", fields.get("byteskip", "0")))
@@ -207,13 +224,10 @@ def _skipped(
         ) from error
     if lines < 0 or count < -1 or (count == -1 and encoding != "raw"):
         raise ScanRefused("the header is damaged: its line skip or byte skip is negative", next_step=COPY_AGAIN)
-    start = raw.tell()
     for _ in range(lines):
         if not raw.readline(_MOST_HEADER_BYTES):
             raise ScanRefused("the file is truncated: it has fewer lines than its header skips", next_step=COPY_AGAIN)
+    source: Source = unpacked(raw, encoding)
     if count == -1:  # the voxels are the file's last bytes
-        raw.seek(max(raw.tell(), start + size - int(np.prod(shape, dtype=object)) * dtype.itemsize))
-    source = unpacked(raw, size, encoding)
-    if count > 0:
-        source.stream.read(min(count, source.most_bytes))
-    return source
+        raw.seek(max(raw.tell(), source.most_bytes - part.count * math.prod(part.shape) * dtype.itemsize))
+    return read_voxels(source, part, dtype, wanted, max(count, 0))

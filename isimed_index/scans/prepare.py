@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ _FWHM_PER_SIGMA = 2 * math.sqrt(2 * math.log(2))
 class Intensity:
     """How values become network input; part of the encoder card.
 
-    The two percentiles of a volume go to `low` and `high` on a straight line, which is cut off at ±`clip`.
+    The two percentiles of a volume go to `low` and `high` on a straight line, which is cut off at ±`clip`. With a
+    window, such as -1000 to 1000 HU for CT, its two ends take the percentiles' place, and values beyond are cut off.
     """
 
     low_percentile: float = 5.0
@@ -29,6 +31,8 @@ class Intensity:
     low: float = -1.0
     high: float = 1.0
     clip: float = 1.5
+    window_low: float | None = None  # physical values, such as Hounsfield units
+    window_high: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_percentile < self.high_percentile <= 100:
@@ -38,11 +42,23 @@ class Intensity:
         if not -self.clip <= self.low < self.high <= self.clip:
             raise UsageError(f"expected -clip ≤ low < high ≤ clip, found {self.low}, {self.high} and ±{self.clip}")
 
+        ends = (self.window_low, self.window_high)
+        if ends != (None, None) and not (None not in ends and -math.inf < ends[0] < ends[1] < math.inf):  # type: ignore[operator]
+            raise UsageError(f"expected a window from a lower to a higher value, found {ends[0]} to {ends[1]}")
+
+    def fields(self) -> dict[str, float]:
+        """The fields that are set, for a card."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def scale(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scaled values as a new array; where the percentiles coincide, the extremes take their place."""
-        low, high = np.percentile(values, [self.low_percentile, self.high_percentile])
-        if low == high:
-            low, high = values.min(), values.max()
+        if self.window_low is not None and self.window_high is not None:
+            low, high = self.window_low, self.window_high
+            values = np.clip(values, np.float32(low), np.float32(high))
+        else:
+            low, high = np.percentile(values, [self.low_percentile, self.high_percentile])
+            if low == high:
+                low, high = values.min(), values.max()
         gain = (self.high - self.low) / (float(high) - float(low)) if high > low else 0.0
         scaled = values - np.float32(low)
         scaled *= np.float32(gain)
@@ -64,9 +80,9 @@ class Volume:
 def prepare(values: NDArray[np.float32], affine: Affine, spacing_mm: float | None, intensity: Intensity) -> Volume:
     """Physical values (x, y, z) → working volume at isotropic `spacing_mm` (None keeps the scan's own grid).
 
-    The background is where the low percentile lies after scaling, not the least value: one dark outlier, or a CT's
-    padding at -3024, would make all air a body. It holds while such voxels are fewer than that percentile. Foreground
-    is what lies more than 0.2 above the background, so no mask is needed.
+    The background is where the low percentile (or the window's lower end) lies after scaling, not the least value: one
+    dark outlier, or a CT's padding at -3024, would make all air a body. It holds while such voxels are fewer than that
+    percentile; with a window it always does. Foreground is what lies more than 0.2 above it, so no mask is needed.
     """
     if spacing_mm is not None:
         values, affine = resample(values, affine, spacing_mm)
@@ -84,23 +100,52 @@ def resample(values: NDArray[np.float32], affine: Affine, spacing_mm: float) -> 
     """
     if not (spacing_mm > 0 and math.isfinite(spacing_mm)):
         raise UsageError(f"expected a positive spacing in mm, found {spacing_mm}")
-    source_mm = affine_spacing_mm(affine)
-    if (np.abs(source_mm / spacing_mm - 1) <= SPACING_TOLERANCE).all():
+    target = _Target.of(values.shape, affine, spacing_mm)
+    if target is None:
         return values, affine
-    ratios = spacing_mm / source_mm  # source voxels per target voxel
-    old_shape = np.array(values.shape)
-    new_shape = np.maximum(1, np.rint(old_shape / ratios)).astype(int)
-    first = (old_shape - 1) / 2 - ratios * (new_shape - 1) / 2  # of the target grid, in source voxels
-
     resampled = np.ascontiguousarray(values, dtype=np.float32)
-    for axis in np.argsort(new_shape / old_shape):  # shrinking first leaves less to do
-        positions = first[axis] + ratios[axis] * np.arange(new_shape[axis])
-        weights = _weights(int(old_shape[axis]), positions, float(ratios[axis]))
+    for axis in np.argsort(target.shape / np.array(values.shape)):  # shrinking first leaves less to do
+        weights = _weights(values.shape[axis], target.positions(int(axis)), float(target.ratios[axis]))
         resampled = _apply_along(weights, resampled, int(axis))
     moved = affine.copy()
-    moved[:3, :3] = affine[:3, :3] * ratios
-    moved[:3, 3] = affine[:3, :3] @ first + affine[:3, 3]
+    moved[:3, :3] = affine[:3, :3] * target.ratios
+    moved[:3, 3] = affine[:3, :3] @ target.first + affine[:3, 3]
     return resampled, moved
+
+
+def resample_labels(labels: NDArray[Any], affine: Affine, spacing_mm: float | None) -> NDArray[Any]:
+    """Labels (x, y, z) on the grid that `resample` gives values (None: their own): each voxel's nearest label."""
+    target = None if spacing_mm is None else _Target.of(labels.shape, affine, spacing_mm)
+    if target is None:
+        return labels
+    nearest = [
+        np.clip(np.rint(target.positions(axis)), 0, labels.shape[axis] - 1).astype(np.int64) for axis in range(3)
+    ]
+    return np.asarray(labels[np.ix_(*nearest)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Target:
+    """The grid that a volume is resampled to: its shape (3,), and where it lies in voxels of the source."""
+
+    shape: NDArray[np.int64]
+    ratios: NDArray[np.float64]  # (3,) source voxels per target voxel
+    first: NDArray[np.float64]  # (3,) the target's first voxel
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], affine: Affine, spacing_mm: float) -> _Target | None:
+        """The target of a source of `shape`; None where its spacing is the wanted one already."""
+        source_mm = affine_spacing_mm(affine)
+        if (np.abs(source_mm / spacing_mm - 1) <= SPACING_TOLERANCE).all():
+            return None
+        ratios = spacing_mm / source_mm
+        old = np.array(shape)
+        new = np.maximum(1, np.rint(old / ratios)).astype(np.int64)
+        return cls(new, ratios, (old - 1) / 2 - ratios * (new - 1) / 2)
+
+    def positions(self, axis: int) -> NDArray[np.float64]:
+        """Where the target's voxels lie along an axis, in source voxels."""
+        return np.asarray(self.first[axis] + self.ratios[axis] * np.arange(self.shape[axis]))
 
 
 def _weights(length: int, positions: NDArray[np.float64], ratio: float) -> NDArray[np.float32]:

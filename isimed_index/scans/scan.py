@@ -72,6 +72,7 @@ class LabelMap:
 
     voxels: NDArray[Any]
     names: Mapping[int, str] = field(default_factory=dict)
+    overlap_voxels: int = 0  # that lay in more than one of the masks it was made of
 
 
 def physical_values(voxels: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:

@@ -1,7 +1,9 @@
-"""Names that stand for identifiers: keyed hashes that nobody without the key can trace back or guess.
+"""Names that stand for identifiers, and numbers that stand for dates: nobody without the key can trace them back.
 
 HMAC-SHA256 of a UID or a patient id, cut to 48 bits: the same series gets the same name in every store that is made
-with the same key, and a list of known UIDs does not help without it. The key lies in a file outside of every store.
+with the same key, and a list of known UIDs does not help without it. A date becomes the number of days since a day that
+the key and the subject decide: two dates of a subject are as far apart as they were, and no date can be told from its
+number. The key lies in a file outside of every store.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hmac
 import os
 import secrets
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 from isimed_index.errors import UsageError
@@ -18,6 +21,8 @@ from isimed_index.errors import UsageError
 KEY_VARIABLE = "ISIMED_SURROGATE_KEY"
 _KEY_BYTES = 32
 _HEX_DIGITS = 12
+# Day numbers have ten digits and fit into int32; the span of the shifts hides a century of dates but in 4 of 10⁵ cases.
+_SHIFTS_DAYS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,32 @@ class Surrogates:
 
     def of(self, kind: str, identifier: str) -> str:
         """Such as `series-1a2b3c4d5e6f`; `kind` is part of what is hashed, so equal ids of two kinds look unlike."""
-        mac = hmac.new(self.key, f"{kind}\0{identifier}".encode(), hashlib.sha256)
-        return f"{kind}-{mac.hexdigest()[:_HEX_DIGITS]}"
+        return f"{kind}-{self._mac(kind, identifier).hex()[:_HEX_DIGITS]}"
+
+    def day(self, subject: str, when: date) -> int:
+        """Days of a date since a day that the key and the subject decide."""
+        shift = int.from_bytes(self._mac("day", subject)[:16]) % _SHIFTS_DAYS
+        return _SHIFTS_DAYS + shift + when.toordinal()
+
+    def _mac(self, kind: str, identifier: str) -> bytes:
+        return hmac.new(self.key, f"{kind}\0{identifier}".encode(), hashlib.sha256).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class StudyDay:
+    """The date of a study on its way from a header to a day number, which needs to know whose it is."""
+
+    when: date = field(repr=False)
+    surrogates: Surrogates
+
+    @classmethod
+    def of_date(cls, when: date | None, surrogates: Surrogates) -> StudyDay | None:
+        """None for no date."""
+        return None if when is None else cls(when, surrogates)
+
+    def number(self, subject: str) -> int:
+        """The day number of this date for a subject, by the id that the store knows it by."""
+        return self.surrogates.day(subject, self.when)
 
 
 def key_file() -> Path:

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ from isimed_index.errors import (
     TrainingWarning,
     UsageError,
 )
+from isimed_index.ingest.report import AddReport
+from isimed_index.report import added
 
 ROWS = pa.table({"scan": ["a", "b"], "x_mm": [1.25, -7.0], "voxel": [[1, 2, 3], [4, 5, 6]]})
 LANDMARKS = pa.table({"source": ["a", "a", "b"], "label": [3, 4, 3], "lookup_mm": [1.5, 2.5, 0.5]})
@@ -45,7 +48,7 @@ class FakeStore:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         matches = SimpleNamespace(to_arrow=lambda: ROWS, source="a")
         self.answers: dict[str, Any] = {
-            "add": SimpleNamespace(added=["a"], unchanged=["b"], refused=[], unnamed=[]),
+            "add": SimpleNamespace(**asdict(AddReport(added=["a"], unchanged=["b"]))),
             "pretrain": SimpleNamespace(id="c0ffee", name="first"),
             "index": SimpleNamespace(
                 encoder="c0ffee",
@@ -112,11 +115,18 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         {
             "labels": "{stem}_seg.nii.gz",
             "label_names": None,
-            "metadata": IMAGES / "participants.tsv",
+            "metadata": [IMAGES / "participants.tsv"],
+            "layout": "auto",
+            "volume": None,
+            "analyze_axes": None,
             "subject_from": "s(..)",
             "spacing_mm": 2.0,
             "workers": 3,
             "surrogate_key": None,
+            "surrogate_ids": False,
+            "keep_source": False,
+            "allow_burned_in": False,
+            "thumbnails": None,
         },
     ),
     (
@@ -367,6 +377,7 @@ class TestBatches:
             "refused": [
                 {"name": "bad.nii", "kind": "scan_refused", "reason": "not a NIfTI file", "next_step": "convert it"}
             ],
+            "files": [],
         }
 
     def test_a_reason_that_names_its_file_is_not_prefixed_again(self, store: FakeStore, capsys: Any):
@@ -376,7 +387,7 @@ class TestBatches:
         assert capsys.readouterr().err == "error[scan_refused]: bad.nii: no image.\n"
 
     def test_all_refused_is_exit_1(self, store: FakeStore):
-        store.answers["add"] = SimpleNamespace(added=[], unchanged=[], refused=[REFUSAL], unnamed=[])
+        store.answers["add"] = SimpleNamespace(**asdict(AddReport()) | {"refused": [REFUSAL]})
         assert main(["add", "images"]) == 1
 
     def test_labels_without_a_name_are_noted(self, store: FakeStore, capsys: Any):
@@ -422,16 +433,18 @@ class TestBatches:
             "error[store_locked]: busy.",
         ]
 
+    @pytest.mark.parametrize("verb", ["add images", "index"])
     def test_refusals_are_listed_when_the_report_cannot_be_written(
-        self, store: FakeStore, capsys: Any, monkeypatch: pytest.MonkeyPatch
+        self, store: FakeStore, capsys: Any, monkeypatch: pytest.MonkeyPatch, verb: str
     ):
-        store.answers["add"].refused = [REFUSAL]
+        store.answers[verb.split()[0]].refused = [REFUSAL]
 
         def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_text", full)
-        assert main(["add", "images", "--report", "r.json"]) == 1
+        monkeypatch.setattr(added, "write_added", full)
+        assert main([*verb.split(), "--report", "r.json"]) == 1
         assert capsys.readouterr().err.startswith("error[scan_refused]: bad.nii: not a NIfTI file.")
 
     def test_pretrain_prints_the_card_id_alone(self, store: FakeStore, capsys: Any):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import duckdb
+import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +68,11 @@ def test_arrays_and_a_database(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ["--parquet", "store"],
         ["--duckdb", "store"],
         ["--parquet", "none/a"],
+        ["--scan", "one", "--out", "a.nii", "--parquet", "b"],
+        ["--scan", "one", "--out", "a.nii", "--where", "true"],
+        ["--parquet", "a", "--out", "a.nii"],
+        ["--parquet", "a", "--force"],
+        ["--out", "a.nii"],
     ],
 )
 def test_what_export_cannot_do_is_a_usage_error(
@@ -85,6 +91,38 @@ def test_what_export_cannot_do_is_a_usage_error(
 def test_export_of_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", "--parquet", str(tmp_path / "a"), "-s", str(tmp_path / "none")]) == 10
     assert "error[store_not_found]" in capsys.readouterr().err
+
+
+def test_one_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with isi.create(tmp_path / "store") as store:
+        store.add(tiny_scan(tmp_path / "one.nii"))
+    asked = ["export", "--scan", "one", "--out", "x.nii.gz", "-s", "store"]
+    assert main(asked) == 0
+    given = nib.load("one.nii")
+    size = "×".join(map(str, given.shape))
+    assert capsys.readouterr().out == f"exported scan one · {size} · {given.get_data_dtype().name} · RAS to x.nii.gz\n"
+    np.testing.assert_array_equal(nib.load("x.nii.gz").dataobj.get_unscaled(), given.dataobj.get_unscaled())
+    assert main(asked) == 2
+    assert "x.nii.gz is there already" in capsys.readouterr().err
+    for wrong in ([], ["--out", "a.nrrd"], ["--out", "a.nii", "--labels", "a.nii"]):
+        assert main(["export", "--scan", "one", *wrong, "-s", "store"]) == 2
+        assert "Next: " in capsys.readouterr().err
+    assert main([*asked, "--force", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["scan"], done["out"], done["labels"], done["changed"]) == ("one", "x.nii.gz", None, [])
+    assert main([*asked, "--force", "--labels", "y.nii"]) == 1
+    assert "error[not_found]: scan 'one' has no label map" in capsys.readouterr().err
+    assert main(["export", "--scan", "two", "--out", "z.nii", "-s", "store"]) == 1
+    assert "error[not_found]" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.nii", "store", "x.nii.gz"]
+
+
+def test_one_scan_that_was_resampled_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with isi.create(tmp_path / "store") as store:
+        store.add(tiny_scan(tmp_path / "one.nii"), spacing_mm=3)
+    assert main(["export", "--scan", "one", "--out", str(tmp_path / "x.nii"), "-s", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("not as in its file: it was resampled")
 
 
 def test_foreign_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

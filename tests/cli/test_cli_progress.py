@@ -47,11 +47,24 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch):
         clock[0] += 1
         lines.advance(note="loss 0.1")
     assert stream.getvalue().splitlines() == [
-        "train: 10/100 epochs · 10 s · loss 0.1",
-        "train: 20/100 epochs · 20 s · loss 0.1",
-        "train: 30/100 epochs · 30 s · loss 0.1",
-        "train: 40/100 epochs · 40 s · loss 0.1",
+        "train: 10/100 epochs · 10 s · 1 epochs/s · ETA 90 s · loss 0.1",
+        "train: 20/100 epochs · 20 s · 1 epochs/s · ETA 80 s · loss 0.1",
+        "train: 30/100 epochs · 30 s · 1 epochs/s · ETA 70 s · loss 0.1",
+        "train: 40/100 epochs · 40 s · 1 epochs/s · ETA 60 s · loss 0.1",
     ]
+
+
+def test_a_task_of_unknown_length_has_a_rate_and_no_eta(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("load", None, "files")
+    lines.advance()
+    clock[0] += 8
+    lines.advance()
+    lines.finish()
+    assert stream.getvalue().splitlines() == ["load: 2 files · 8 s · 0.25 files/s"]
 
 
 def test_bars_show_name_count_and_note_and_close_after_an_error():

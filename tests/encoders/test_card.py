@@ -62,6 +62,13 @@ def test_a_card_without_weights() -> None:
     assert EncoderCard.from_json(card.to_json()) == card
 
 
+def test_a_window_is_part_of_a_card_and_of_its_id() -> None:
+    windowed = replace(MADE, intensity=Intensity(window_low=-1000.0, window_high=1000.0))
+    assert windowed.id != MADE.id
+    assert EncoderCard.from_json(windowed.to_json()) == windowed
+    assert "window_low" not in MADE.to_json()["intensity"]  # the ids of earlier cards stay
+
+
 def test_a_position_is_in_millimetres() -> None:
     assert MADE.to_json()["outputs"]["position"] == {"dim": 3, "unit": "mm"}
     assert MADE.dim == 8

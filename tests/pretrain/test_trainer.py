@@ -19,6 +19,7 @@ from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint, trainer
 from isimed_index.pretrain.trainer import Trained, new_card, train
 from isimed_index.progress import Silent
+from isimed_index.scans.prepare import Intensity
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +274,8 @@ def test_an_encoder_has_the_outputs_that_it_was_trained_for() -> None:
     )
     plain = new_card(config(descriptor_weight=0.0, coordinate_weight=0.0), "a", "tiny")
     assert (dict(plain.outputs), plain.match_output, plain.metric) == ({"embedding": 4}, "embedding", "l2")
+    assert new_card(config(window_low=-1000, window_high=600), "a", "tiny").intensity.window_high == 600
+    assert whole.intensity == Intensity()
     assert dict(new_card(pretrain_config("paper"), "a", "paper").outputs) == {"embedding": 1024}
 
 

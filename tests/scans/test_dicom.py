@@ -116,6 +116,23 @@ class TestSyntaxes:
         agrees_with(scan, itk_series(paths), RNG)
         np.testing.assert_array_equal(np.sort(scan.voxels, axis=None), np.sort(voxels, axis=None))
 
+    @pytest.mark.parametrize(("allocated", "stored"), [(8, 5), (8, 8), (16, 12), (16, 16), (32, 24), (32, 32)])
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_bits_that_hold_no_value_are_what_pydicom_makes_of_them(self, tmp_path, allocated, stored, signed):
+        paths = write_series(tmp_path, noise((7, 5, 3)), np.eye(4))
+        for path in paths:
+            dataset = pydicom.dcmread(path)
+            dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, stored - 1
+            dataset.PixelRepresentation = int(signed)
+            dataset.PixelData = RNG.bytes(36 * allocated // 8)  # 35 values and some padding
+            dataset.save_as(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the padding
+            judge = np.stack([pydicom.dcmread(path).pixel_array.T for path in paths], axis=-1)
+        scan = read(tmp_path)
+        np.testing.assert_array_equal(scan.voxels, judge[::-1, ::-1])
+        assert scan.voxels.dtype == judge.dtype
+
     def test_signed_values_of_twelve_bits_are_extended(self, tmp_path):
         voxels = noise((12, 10, 4), low=-2048, high=2047)
         for path in write_series(tmp_path, voxels, stored=12):
@@ -227,7 +244,7 @@ class TestRefusedGeometry:
             edit(path, EchoTime="2.46")
         line = refused(tmp_path)
         assert "12 images at 6 places; they differ in EchoTime (2.46, 4.92)" in line
-        assert "Next: split the series" in line
+        assert "2 volumes. Next: take one of them with isimed add --volume N, where N is 0 to 1" in line
 
     @pytest.mark.parametrize(
         ("tags", "says"),
@@ -460,7 +477,7 @@ class TestGrouping:
         write_series(tmp_path / "a", noise(), sop_class=CT, KVP=120, SliceThickness=2.5, RepetitionTime="", EchoTime=3)
         assert set(read(tmp_path).attributes) == {
             *("source_format", "source_orientation", "affine_source", "modality", "kvp", "slice_thickness_mm"),
-            "echo_time_ms",
+            *("echo_time_ms", "image_type", "age"),
         }
         for number, path in enumerate(sorted((tmp_path / "a").iterdir())):
             edit(path, BodyPartExamined="CHEST", ManufacturerModelName="SOMATOM Force", EchoTime=number)

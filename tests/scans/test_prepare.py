@@ -132,7 +132,17 @@ def test_sparse_content_falls_back_on_the_extremes():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"low_percentile": 95.0}, {"high_percentile": 101.0}, {"low": 1.0}, {"clip": 0.5}, {"low": -2.0}]
+    "fields",
+    [
+        {"low_percentile": 95.0},
+        {"high_percentile": 101.0},
+        {"low": 1.0},
+        {"clip": 0.5},
+        {"low": -2.0},
+        {"window_low": 0.0},
+        {"window_low": 5.0, "window_high": 5.0},
+        {"window_low": 0.0, "window_high": np.inf},
+    ],
 )
 def test_impossible_scalings_are_usage_errors(fields):
     with pytest.raises(UsageError, match="expected"):
@@ -180,3 +190,15 @@ def test_padding_of_a_ct_does_not_make_air_a_body():
     assert np.array_equal(volume.foreground, ball)
     assert volume.background == -1
     assert volume.values[0].max() == -1.5
+
+
+def test_a_window_is_the_same_for_every_scan_and_padding_is_air():
+    window = Intensity(window_low=-1000.0, window_high=1000.0)
+    values, ball = ball_in_air(-1000, 40, 15)
+    values[:10] = -3024  # a third of all voxels
+    volume = prepare(values, np.eye(4), None, window)
+    assert np.array_equal(volume.foreground, ball & (values > -800))
+    assert (volume.values[:10] == -1).all()
+    np.testing.assert_allclose(volume.values[14, 14, 14], values[14, 14, 14] / 1000, atol=1e-6)
+    assert window.scale(np.full((2, 2, 2), 3000, np.float32)).max() == 1
+    assert Intensity().fields() == {"low_percentile": 5, "high_percentile": 95, "low": -1, "high": 1, "clip": 1.5}

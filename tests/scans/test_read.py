@@ -1,14 +1,15 @@
 """Reading: nibabel is the judge of geometry and values; every broken file is refused with its reason."""
 
 import gzip
+from itertools import permutations, product
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from isimed_index.errors import ScanRefused, UsageError
+from isimed_index.errors import ScanRefused
 from isimed_index.scans import volume
-from isimed_index.scans.read import read_label_names, read_labels, read_scan
+from isimed_index.scans.read import read_labels, read_scan
 from isimed_index.space import apply_affine
 
 RNG = np.random.default_rng(0)
@@ -38,6 +39,22 @@ def test_voxels_and_places_are_those_of_nibabel(write, voxels, oblique, name, ki
     assert scan.orientation == "RAS"
     assert scan.attributes["source_orientation"] == "PSR"
     assert scan.attributes["source_format"] == ("NIfTI-1" if kind is nib.Nifti1Image else "NIfTI-2")
+
+
+@pytest.mark.parametrize("kind", ["u1", ">i2", "f4"])
+@pytest.mark.parametrize("axes", list(permutations("RAS")))
+def test_volumes_of_several_tiles_are_turned_as_nibabel_turns_them(write, axes, kind):
+    for signs in product((False, True), repeat=3):
+        codes = [
+            {"R": "L", "A": "P", "S": "I"}[axis] if turned else axis for axis, turned in zip(axes, signs, strict=True)
+        ]
+        affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (270, 3, 5))
+        path = write("head.nii", RNG.integers(0, 256, (270, 3, 5)).astype(kind), affine)
+        scan = read_scan(path, "a")
+        judge = nib.as_closest_canonical(nib.load(path))
+        assert scan.attributes["source_orientation"] == "".join(nib.aff2axcodes(nib.load(path).affine))
+        np.testing.assert_array_equal(scan.voxels, np.asarray(judge.dataobj))
+        np.testing.assert_allclose(scan.affine, judge.affine)
     assert scan.id == "a"
 
 
@@ -299,41 +316,3 @@ def test_probability_maps_are_not_labels(write, voxels, value):
     scan = read_scan(write("a.nii.gz", voxels), "a")
     with pytest.raises(ScanRefused, match="whole numbers"):
         read_labels(write("s.nii.gz", np.where(voxels > 0, value, 0).astype(np.float32)), scan, {})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "label,name\n1,left\n-2, right\n",
-        "name\tindex\tcolour\nleft\t1\tred\nright\t-2\tblue\n",
-        "value,name\n1,left\n-2,right\n1,left\n",
-    ],
-)
-def test_label_names_come_from_csv_or_tsv(tmp_path, text):
-    table = tmp_path / "names.txt"
-    table.write_text("\ufeff" + text, encoding="utf-8")
-    assert read_label_names(table) == {1: "left", -2: "right"}
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "needs a column"),
-        ("label,title\n1,left\n", "needs a column"),
-        ("number,name\n1,left\n", "needs a column"),
-        ("label,name\none,left\n", "line 2"),
-        ("label,name\n1,left\n2\n", "line 3"),
-        ("label,name\n1,left\n1,right\n", "two names"),
-    ],
-)
-def test_malformed_label_tables_are_usage_errors(tmp_path, text, says):
-    table = tmp_path / "names.csv"
-    table.write_text(text)
-    with pytest.raises(UsageError, match=says) as caught:
-        read_label_names(table)
-    assert str(tmp_path) not in str(caught.value)
-
-
-def test_a_label_table_that_cannot_be_read_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match=r"gone\.csv"):
-        read_label_names(tmp_path / "gone.csv")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from isimed_index.errors import ScanRefused
-from isimed_index.scans.volume import named_damage
+from isimed_index.scans.volume import check_credible, check_regular, named_damage
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # of files that ought to be DICOM; most have none, so names decide nothing
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-_MOST_INFLATED_BYTES = 2**30
+_MOST_INFLATED_BYTES = 2**29  # pydicom holds it three times
 _VRS = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT OB OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 # Warnings are switched off for the whole process while a data set is read; only one thread may do so at a time.
 _QUIET = threading.RLock()
@@ -28,6 +29,8 @@ _QUIET = threading.RLock()
 def is_dicom(path: Path) -> bool:
     """Whether the first bytes of a file are those of DICOM: `DICM` at byte 128, or a first element without preamble."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            return False
         with path.open("rb") as file:
             start = file.read(132)
     except OSError:
@@ -41,19 +44,62 @@ def is_dicom(path: Path) -> bool:
     return start[4:6] in _VRS or (length <= 128 and length % 2 == 0)
 
 
+class Elements:
+    """The elements of a data set that have one of some keywords, as a data set has them, each of them decoded once.
+
+    pydicom's own look-up by keyword is what reading a header would spend most of its time with.
+    """
+
+    def __init__(self, dataset: Any, keywords: tuple[str, ...]) -> None:
+        known = _keywords(keywords)
+        self._dataset = dataset
+        tags = dataset.keys()  # a data set itself gives its elements
+        self._tags = {keyword: tag for tag in tags if (keyword := known.get(int(tag))) is not None}
+        self._read: dict[str, Any] = {}
+
+    def __contains__(self, keyword: str) -> bool:
+        return keyword in self._tags
+
+    def __getitem__(self, keyword: str) -> Any:
+        """The element itself; `KeyError` when there is none."""
+        if keyword not in self._read:
+            self._read[keyword] = self._dataset[self._tags[keyword]]
+        return self._read[keyword]
+
+    def get(self, keyword: str, default: Any = None) -> Any:
+        """The value of an element."""
+        return self[keyword].value if keyword in self._tags else default
+
+
+@cache
+def _keywords(keywords: tuple[str, ...]) -> Mapping[int, str]:
+    from pydicom.datadict import tag_for_keyword
+
+    return {tag: keyword for keyword in keywords if (tag := tag_for_keyword(keyword)) is not None}
+
+
+@cache
+def _tags(keywords: tuple[str, ...]) -> list[Any]:
+    from pydicom.tag import Tag
+
+    return [Tag(number) for number in _keywords(keywords)]
+
+
 @contextmanager
-def open_dicom(path: Path, tags: list[str] | None = None) -> Iterator[Any]:
-    """The data set of a file: only `tags` and no pixels, or all of it with None; `ScanRefused` for any failure inside.
+def open_dicom(path: Path, keywords: tuple[str, ...] | None = None) -> Iterator[Any]:
+    """The data set of a file: only `keywords` and no pixels, or all of it with None; `ScanRefused` when anything fails.
 
     One thread at a time.
     """
     import pydicom
 
+    check_regular(path)
     with named_damage():
         _check_inflated(path)
         with _QUIET, warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")
             try:
+                tags = None if keywords is None else _tags(keywords)
                 yield pydicom.dcmread(path, force=True, stop_before_pixels=tags is not None, specific_tags=tags)
             except (ScanRefused, OSError):
                 raise
@@ -89,5 +135,6 @@ def _check_inflated(path: Path) -> None:
         size = 0
         while not inflate.eof and (packed := inflate.unconsumed_tail or file.read(2**16)):
             size += len(inflate.decompress(packed, 2**24))
+            check_credible(path.stat().st_size, size)
             if size > _MOST_INFLATED_BYTES:
-                raise ScanRefused("it inflates to more than 1 GiB", next_step="export it without deflation")
+                raise ScanRefused("it inflates to more than 512 MiB", next_step="export it without deflation")

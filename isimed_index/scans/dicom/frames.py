@@ -104,7 +104,10 @@ def pixel_type_of(dataset: Any, modality: str) -> PixelType:
         )
     if "ModalityLUTSequence" in dataset:
         raise ScanRefused("its values go through a modality look-up table", next_step="export it with rescaled values")
-    return PixelType(allocated, stored, bool(int(dataset["PixelRepresentation"].value)), photometric == "MONOCHROME1")
+    signed = int(dataset["PixelRepresentation"].value)
+    if signed not in (0, 1):
+        raise ScanRefused("it does not say whether its values have a sign", next_step="export it again")
+    return PixelType(allocated, stored, bool(signed), photometric == "MONOCHROME1")
 
 
 def slices_of(dataset: Any) -> list[Slice]:

@@ -26,7 +26,7 @@ MOST_TILT_DEGREES = 0.1  # a stack this little sheared keeps its sheared affine,
 _REFUSED_TILT_DEGREES = 45.0
 _ANGLE_TOLERANCE = 1e-4  # of direction cosines, within a series; that of right angles and unit length is 10 times it
 _SPACING_TOLERANCE = 1e-4  # relative, of pixel spacings within a series
-_SAME_PLACE_MM = 1e-3
+SAME_PLACE_MM = 1e-3
 _OFF_LINE_MM, _OFF_LINE_PART = 0.02, 0.01  # how far a slice may lie from its place, in mm or in slice spacings
 
 Triple = tuple[float, float, float]
@@ -192,7 +192,7 @@ def _check_same(
 
 def _check_one_each(ordered: Sequence[Slice], heights: NDArray[np.float64]) -> None:
     """No two images lie at one place."""
-    near = np.flatnonzero(np.diff(heights) <= _SAME_PLACE_MM)
+    near = np.flatnonzero(np.diff(heights) <= SAME_PLACE_MM)
     if not len(near):
         return
     places = len(heights) - len(near)

@@ -1,0 +1,153 @@
+"""What is said of scans that are stored already: what was not known is filled in, what is otherwise is refused.
+
+A file whose content is stored may bring metadata: cells that are empty get them, in a commit of their own. A cell that
+says something else stays, and the file is told of; so does a scan that another person's file is a copy of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from isimed_index.errors import ScanRefused
+from isimed_index.ingest.choose import Chosen
+from isimed_index.ingest.report import Refusal
+from isimed_index.ingest.rows import given_of, holds, is_text, person_of
+from isimed_index.scans.discover import stem
+from isimed_index.scans.metadata import Metadata
+from isimed_index.scans.tables import Value, plain_number
+from isimed_index.store.snapshot import Snapshot, StoredTable
+from isimed_index.store.transaction import Proposal, Transaction
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_Cells = dict[str, dict[str, Value]]  # by scan or subject, by column
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Cells to fill, and refusals by the identity of the file."""
+
+    scans: _Cells = field(default_factory=dict)
+    subjects: _Cells = field(default_factory=dict)
+    refused: dict[int, Refusal] = field(default_factory=dict)
+
+
+def late_labels() -> ScanRefused:
+    """The refusal of a label map for a scan that was stored without one."""
+    return ScanRefused(
+        "the scan is stored already, without labels; a stored scan is not given labels later",
+        next_step="add it with its labels to a new store",
+    )
+
+
+def late_metadata(files: Sequence[tuple[Chosen, str]], metadata: Metadata, head: Snapshot) -> Late:
+    """Hold what is said of files, given with their digests, against the rows of the scans that they are."""
+    late = Late()
+    if not files:
+        return late
+    scans, subjects = head.table("scans"), head.table("subjects")
+    stored = {row["digest"]: row for row in scans.to_pylist()}
+    people = {row["subject"]: row for row in subjects.to_pylist()}
+    for file, digest in files:
+        row = stored[digest]
+        scan = row["scan"] if stem(file.path) in row["scan"] else file.name
+        given = {key: value for key, value in given_of(file, scan, metadata).items() if value is not None}
+        theirs = late.scans.get(row["scan"], {})
+        mine = _is_the_same(file, row)
+        wrong = [key for key, value in given.items() if not _fits(key, value, row | theirs, scans.schema, fill=mine)]
+        if wrong:
+            late.refused[id(file)] = Refusal.of(file.shown, _too_late(wrong))
+            continue
+        _note(late.scans, row["scan"], given, row)
+        if mine and (person := people.get(row["subject"])) is not None:
+            known = person | late.subjects.get(row["subject"], {})
+            told = person_of(file, scan, metadata).items()
+            fitting = {k: v for k, v in told if v is not None and _fits(k, v, known, subjects.schema, fill=True)}
+            _note(late.subjects, row["subject"], fitting, person)
+    return late
+
+
+def commit_late(transaction: Transaction, late: Late) -> Snapshot | None:
+    """Fill the cells in a generation of its own; None when there are none."""
+    return transaction.commit(partial(_filled, late)) if late.scans or late.subjects else None
+
+
+def _filled(late: Late, head: Snapshot) -> Proposal:
+    """All rows of the tables with the cells filled that are still empty in this head."""
+    import pyarrow as pa
+
+    rewrite: dict[StoredTable, pa.Table] = {}
+    tables: tuple[tuple[StoredTable, str, _Cells], ...] = (
+        ("scans", "scan", late.scans),
+        ("subjects", "subject", late.subjects),
+    )
+    for name, key, cells in tables:
+        table = head.table(name)
+        keys = table.column(key).to_pylist()
+        for column in dict.fromkeys(column for values in cells.values() for column in values):
+            given = [cells.get(one, {}).get(column) for one in keys]
+            old = table.column(column).to_pylist() if column in table.column_names else [None] * len(keys)
+            both = [new if was is None else was for was, new in zip(old, given, strict=True)]
+            if both == old:
+                continue
+            if column in table.column_names:
+                table = table.set_column(
+                    table.column_names.index(column), column, _array(both, table.column(column).type)
+                )
+            else:
+                table = table.append_column(column, pa.array(both))
+            rewrite[name] = table
+    return Proposal(rewrite=rewrite)
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Values in the type of their column, in real numbers where whole ones do not do, or as texts."""
+    import pyarrow as pa
+
+    if is_text(kind):
+        return pa.array([None if value is None else str(value) for value in values], kind)
+    return pa.array([None if value is None else float(value) for value in values] if _has_parts(values) else values)
+
+
+def _has_parts(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, float) for value in values)
+
+
+def _is_the_same(file: Chosen, row: Mapping[str, Any]) -> bool:
+    """Whether a file with the content of a stored scan is that scan's file by its names, and no one else's copy."""
+    if file.subject is not None:
+        return bool(file.subject == row["subject"])
+    return file.name == row["scan"] or stem(file.path) in row["scan"]
+
+
+def _fits(key: str, value: Value, row: Mapping[str, Any], schema: pa.Schema, *, fill: bool) -> bool:
+    """Whether a cell says this already, or is empty, may be filled, and has a type that can say it."""
+    if row.get(key) is not None:
+        return _same(value, row[key])
+    return fill and (key not in schema.names or holds(schema.field(key).type, value))
+
+
+def _note(cells: _Cells, key: str, given: Mapping[str, Value], row: Mapping[str, Any]) -> None:
+    new = {column: value for column, value in given.items() if row.get(column) is None}
+    if new:
+        cells.setdefault(key, {}).update(new)
+
+
+def _too_late(columns: Sequence[str]) -> ScanRefused:
+    return ScanRefused(
+        f"the scan is stored already, with other metadata ({', '.join(columns)}); a stored scan keeps its own",
+        next_step="add it with its metadata to a new store",
+    )
+
+
+def _same(given: Value, stored: Value) -> bool:
+    """Whether two cells say the same; the type that a column got may differ from one table to the next."""
+    if given == stored:
+        return True
+    texts = str(given), str(stored)
+    number = plain_number(texts[0])
+    return texts[0] == texts[1] or (number is not None and number == plain_number(texts[1]))
