@@ -1,6 +1,6 @@
 """The Python API: one `Store` with the words of the command line.
 
-create / open ─▶ Store.add ─▶ Store.register ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · Store.sql · Store.evaluate · Store.plot
+create / open ─▶ Store.add ─▶ (register) ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · sql · evaluate · plot
                  ├── exchange: export · export_scan · import_
                  └── upkeep: delete · compact · gc · tag · restore · check · repair · purge
 

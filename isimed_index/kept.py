@@ -17,7 +17,8 @@ def keep(repository: Repository, matches: Matches, question: str) -> int:
     """Commit the rows of an answer under the name `question`; how many they are.
 
     `UsageError` for an answer without rows, to a point of a file that is not stored, or under a name that is taken;
-    `NotFound` when a scan of it has been deleted since. Rows go with the scans that they name.
+    `NotFound` when a scan of it has been deleted since, or the generation that answered is gone. Rows go with the
+    scans that they name.
     """
     import pyarrow as pa
 
@@ -44,13 +45,16 @@ def keep(repository: Repository, matches: Matches, question: str) -> int:
     rows |= {"rank": pa.array(range(1, len(answers) + 1)), **{name: answers[name] for name in names}}
     kept = conform("matches", pa.table(rows))
 
+    named = {matches.source, *answers.column("scan").to_pylist()}
+    then = repository.snapshot(asked.generation).voxels_of
+
     def propose(head: Snapshot) -> Proposal:
         if question in head.table("matches").column("question").to_pylist():
             raise UsageError(
                 f"an answer is kept under the name {question!r} already",
                 next_step=f"another name, or isimed delete \"question = '{question}'\" --from matches",
             )
-        gone = sorted({matches.source, *answers.column("scan").to_pylist()} - set(head.scan_ids()))
+        gone = sorted(scan for scan in named if head.voxels_of.get(scan) != then[scan])
         if gone:
             raise NotFound(f"scan {gone[0]!r} has been deleted since the question was asked", next_step="ask again")
         return Proposal(tables={"matches": kept})

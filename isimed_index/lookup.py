@@ -219,9 +219,7 @@ class Lookup:
         among = self._rows_within(source, at, targets, question.within_mm)
         index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
         hits = index.search(asked, question.k, among, exact=exact)
-        return Matches(
-            self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), self._asked(source, at)
-        )
+        return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), self._asked(source, at))
 
     def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""

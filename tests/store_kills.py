@@ -141,7 +141,7 @@ class Worker:
         self._do(lambda: restore(self.repository, generation), verb="restore", to=generation)
 
 
-def matching(snapshot: Snapshot, view: str, where: str) -> pa.Table:
+def matching(snapshot: Snapshot, view: str, where: str, columns: list[str] | None = None) -> pa.Table:
     """`column = value` without the SQL engine, which takes longer to start than a worker lives."""
     column, _, value = where.partition(" = ")
     if view == "scans":

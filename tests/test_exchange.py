@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from store_builders import ENCODER, OTHER_ENCODER, add_encoder, add_segment, car
 
 import isimed_index as isi
 from isimed_index.api import Store
+from isimed_index.contracts import ViewName, conform
 from isimed_index.errors import (
     EncoderMismatch,
     Incompatible,
@@ -34,10 +35,12 @@ from isimed_index.exchange.export import Selection, export_parquet
 from isimed_index.scans.chunks import open_chunks
 from isimed_index.store.files import file_digest
 from isimed_index.store.repository import Repository
-from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.snapshot import STORED_TABLES, Snapshot
+from isimed_index.store.transaction import Proposal
 from isimed_index.store.upkeep.compact import compact
 from isimed_index.store.upkeep.delete import delete_patches
 
+SCANS = ("sub-01_T1w", "sub-02_ct")
 PATCHES = "SELECT * EXCLUDE (patch, cx_mm, cy_mm, cz_mm) FROM patches ORDER BY encoder, scan, i, j, k"
 QUESTIONS = (
     "SELECT * EXCLUDE (artefact) FROM scans ORDER BY scan",
@@ -82,6 +85,27 @@ def repository(tmp_path: Path) -> Repository:
     compact(repository)
     add_segment(repository, "sub-02_ct", 2, OTHER_ENCODER)
     return repository
+
+
+def said(repository: Repository) -> None:
+    """Commit an answer from each scan to each, and a transform of each."""
+    places = {f"{side}{axis}_mm": 1.0 for side in ("", "from_") for axis in "xyz"}
+    about = {"encoder": ENCODER, "generation": 1, "time": "2026-01-01T00:00:00Z"}
+    pairs = [(one, other) for one in SCANS for other in SCANS]
+    answers = [
+        {"question": one, "rank": rank, "from_scan": one, "scan": other, **places, **about}
+        for rank, (one, other) in enumerate(pairs, 1)
+    ]
+    cells = {f"a{row}{column}": float(row == column) for row in range(3) for column in range(4)}
+    facts = {"reference": "a1b2c3d4e5f6", "kind": "rigid", "rounds": 1, "settings": "s", "time": about["time"]}
+    measured = dict.fromkeys(("x_mm", "y_mm", "z_mm", "metric_before", "metric_after", "overlap"), 1.0)
+    moved = [{"scan": scan, **facts, **cells, **measured} for scan in SCANS]
+    tables = {
+        "matches": conform("matches", pa.Table.from_pylist(answers)),
+        "transforms": conform("transforms", pa.Table.from_pylist(moved)),
+    }
+    with repository.transaction("keep") as transaction:
+        transaction.commit(lambda head: Proposal(tables=tables))
 
 
 # -- export ---------------------------------------------------------------------------------------------------------
@@ -140,12 +164,14 @@ def test_arrays_lie_beside_their_patches(repository: Repository, tmp_path: Path)
 def test_a_plain_duckdb_opens_the_database(repository: Repository, tmp_path: Path):
     import duckdb
 
+    said(repository)
     snapshot = repository.snapshot()
     isi.open(repository.path).export(tmp_path / "cohort.duckdb", "duckdb", vectors=True)
     with duckdb.connect(str(tmp_path / "cohort.duckdb"), read_only=True) as database:
-        for view in ("scans", "subjects", "labels", "encoders", "segments", "indexes", "generations", "patches"):
+        for view in (*STORED_TABLES, *get_args(ViewName)):
             columns = "* EXCLUDE (artefact)" if view == "scans" else "*"
             expected = snapshot.sql(f"SELECT {columns} FROM {view} ORDER BY ALL")
+            assert expected.num_rows or view in ("subjects", "labels")
             assert database.sql(f"SELECT * FROM {view} ORDER BY ALL").fetchall() == [
                 tuple(row.values()) for row in expected.to_pylist()
             ]
@@ -159,6 +185,33 @@ def test_a_plain_duckdb_opens_the_database(repository: Repository, tmp_path: Pat
         np.concatenate([s.vectors("descriptor") for s in segments]).astype(np.float32),
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cohort.duckdb", "store"]
+
+
+def test_kept_answers_go_out_where_both_of_their_scans_do(repository: Repository, tmp_path: Path):
+    said(repository)
+    store = isi.open(repository.path)
+    assert len(store.sql("SELECT * FROM matches")) == 4
+    for where, pairs in ((None, {(a, b) for a in SCANS for b in SCANS}), ("modality = 'CT'", {(SCANS[1], SCANS[1])})):
+        out = tmp_path / f"out-{len(pairs)}"
+        store.export(out, where=where)
+        rows = pq.read_table(out / "matches.parquet").to_pylist()
+        assert {(row["from_scan"], row["scan"]) for row in rows} == pairs
+        assert len(rows) == len(pairs) == json.loads((out / "export.json").read_text())["counts"]["matches"]
+        copy = isi.create(tmp_path / f"copy-{len(pairs)}")
+        copy.import_(out)
+        for view in ("matches", "transforms"):
+            assert copy.sql(f"SELECT * FROM {view}").num_rows == 0  # as the page says
+
+
+def test_labels_of_patches_in_a_database_are_those_of_its_scans(repository: Repository, tmp_path: Path):
+    import duckdb
+
+    isi.open(repository.path).export(tmp_path / "ct.duckdb", "duckdb", where="modality = 'CT'", encoder=ENCODER)
+    with duckdb.connect(str(tmp_path / "ct.duckdb"), read_only=True) as database:
+        told = database.sql("SELECT DISTINCT scan FROM patch_labels JOIN patches USING (patch)").fetchall()
+        assert told == [("sub-02_ct",)]
+        count = "SELECT (SELECT count(*) FROM patch_labels), (SELECT count(*) FROM patches)"
+        assert database.sql(count).fetchall() == [(2 * 4, 4)]  # two labels each
 
 
 @pytest.mark.parametrize("layout", ["parquet", "npy", "duckdb"])

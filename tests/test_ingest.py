@@ -57,6 +57,45 @@ class TestAdd:
         assert [refusal.name for refusal in report.refused] == ["s.nii"]
         assert "without labels" in report.refused[0].reason
 
+    def test_a_changed_label_map_of_a_stored_scan_is_refused_by_name(self, store: Store, tmp_path: Path):
+        image = nib.load(tiny_scan(tmp_path / "in" / "s.nii", 0))
+        labels = np.zeros(image.shape, np.uint8)
+        labels[2:4], labels[5:7] = 3, 9
+
+        def again(voxels: np.ndarray) -> tuple[list[str], list[str]]:
+            write_nifti(tmp_path / "in" / "s_seg.nii", voxels, image.affine)
+            report = store.add(tmp_path / "in", labels="{stem}_seg.nii")
+            assert [file.refusal for file in report.files] == (report.refused or [None])
+            return report.added, [f"{refusal.name}: {refusal.reason}" for refusal in report.refused]
+
+        assert again(labels) == (["s"], [])
+        assert again(labels) == ([], [])
+        stored = store.sql("SELECT * FROM labels ORDER BY label").to_pylist()
+        said = "s.nii: its label map differs from the stored one; a stored scan keeps its labels"
+        moved, more, other = labels.copy(), labels.copy(), labels.copy()
+        moved[2, 0, 0], moved[0, 0, 0] = 0, 3  # one voxel
+        more[0, 0, 0] = 3
+        other[labels == 9] = 8
+        shifted = np.roll(labels, 1, axis=0)  # as many voxels, elsewhere
+        for changed in (moved, more, other, shifted, np.zeros_like(labels)):
+            assert again(changed) == ([], [said])
+        assert store.sql("SELECT * FROM labels ORDER BY label").to_pylist() == stored
+        assert store.add(tmp_path / "in" / "s.nii").refused == []  # without a label map nothing differs
+        assert again(shifted) == ([], [said])
+        store.delete("scan = 's'")
+        assert again(shifted) == (["s"], [])
+        assert again(shifted) == ([], [])
+
+    def test_two_copies_with_different_labels_in_one_add(self, store: Store, tmp_path: Path):
+        for place, name in enumerate(("a", "b", "c")):
+            image = nib.load(tiny_scan(tmp_path / "in" / f"{name}.nii", 0))
+            labels = np.zeros(image.shape, np.uint8)
+            labels[min(place, 1)] = 1
+            write_nifti(tmp_path / "in" / f"{name}_seg.nii", labels, image.affine)
+        report = store.add(tmp_path / "in", labels="{stem}_seg.nii")
+        assert (report.added, report.unchanged) == (["a"], ["a", "a"])
+        assert [refusal.name for refusal in report.refused] == ["b.nii", "c.nii"]
+
     def test_ids_are_unique_within_an_add_and_across_adds(self, store: Store, tmp_path: Path):
         for seed, folder in enumerate("abc"):
             tiny_scan(tmp_path / folder / "scan.nii.gz", seed)
@@ -274,6 +313,53 @@ class TestMetadata:
         report = store.add(tmp_path / "in", metadata=table(tmp_path / "t.csv", "scan,site\na,x\nb,y\n"))
         assert (report.added, report.unchanged) == (["a"], ["a"])
         assert [refusal.name for refusal in report.refused] == ["b.nii"]
+
+    @pytest.mark.parametrize(
+        ("stored", "copy"),
+        [
+            ("case10", "case1"),
+            ("case10", "ase10"),
+            ("case10", "10"),
+            ("case10", "case10-2"),
+            ("case-2", "case"),  # a number follows only the folder and the name
+            ("other_case", "case"),
+        ],
+    )
+    def test_a_copy_whose_name_is_part_of_a_scans_gives_it_nothing(
+        self, store: Store, tmp_path: Path, stored: str, copy: str
+    ):
+        store.add(tiny_scan(tmp_path / f"{stored}.nii", 0))
+        path = tiny_scan(tmp_path / "in" / f"{copy}.nii", 0)
+        report = store.add(path, metadata=table(tmp_path / "t.csv", f"scan,site\n{copy},theirs\n{stored},ours\n"))
+        assert (report.added, report.unchanged) == ([], [stored])
+        assert [refusal.name for refusal in report.refused] == [f"{copy}.nii"]
+        assert "(site)" in report.refused[0].reason
+        assert store.scans().to_pylist()[0].get("site") is None
+
+    @pytest.mark.parametrize("volume", [None, 1])
+    def test_names_that_a_file_got_among_others_are_its_own(self, store: Store, tmp_path: Path, volume: int | None):
+        """Its folder before its name, and a number behind: the next add has the file alone, and knows it."""
+        for seed, folder in enumerate(("x/a", "y/b", "z/b")):
+            (tmp_path / folder).mkdir(parents=True)
+            voxels = np.random.default_rng(seed).integers(0, 900, (6, 6, 6, *(() if volume is None else (3,))))
+            nib.save(nib.Nifti1Image(voxels.astype(np.int16), np.eye(4)), tmp_path / folder / "T1.nii")
+        end = "" if volume is None else f"_vol-{volume}"
+        every = store.add([tmp_path / "x", tmp_path / "y", tmp_path / "z"], volume=volume).added
+        assert every == [f"a_T1{end}", f"b_T1{end}", f"b_T1-2{end}"]
+        for path, scan in zip(("x/a", "y/b", "z/b"), every, strict=True):
+            given = table(tmp_path / "t.csv", f"scan,site\n{scan},{scan}\n")
+            assert store.add(tmp_path / path / "T1.nii", volume=volume, metadata=given).refused == []
+        assert [row["site"] for row in store.scans().to_pylist()] == store.scans().column("scan").to_pylist()
+
+    def test_a_hidden_scan_is_known_by_its_surrogate_alone(self, store: Store, tmp_path: Path):
+        """Every surrogate holds the word `scan` and hexadecimal digits: a copy called so is not that scan's file."""
+        hidden = {"surrogate_ids": True, "surrogate_key": tmp_path / "key"}
+        (scan,) = store.add(tiny_scan(tmp_path / "Meier.nii", 0), **hidden).added
+        copy = tiny_scan(tmp_path / "in" / f"{scan[:4]}.nii", 0)
+        given = table(tmp_path / "t.csv", f"scan,site\n{scan[:4]},theirs\nMeier,ours\n")
+        assert [refusal.name for refusal in store.add(copy, metadata=given, **hidden).refused] == [copy.name]
+        assert store.add(tmp_path / "Meier.nii", metadata=given, **hidden).refused == []
+        assert store.scans().column("site").to_pylist() == ["ours"]
 
     def test_two_adds_with_different_columns(self, store: Store, tmp_path: Path):
         tiny_scan(tmp_path / "a.nii", 0)

@@ -71,6 +71,17 @@ class TestBids:
         ]
         assert report.notes[0].startswith("data is laid out as BIDS: 4 images of 2 subjects")
 
+    def test_left_and_right_kidneys_are_two_labels_where_they_were_drawn(self, store: Store, data: Path):
+        root = bids(data)
+        masks = root / "derivatives" / "seg" / "sub-02" / "anat"
+        (masks / "sub-02_space-orig_dseg.nii.gz").unlink()
+        write_labels(masks / "sub-02_label-kidney_desc-right_mask.nii.gz", blocks(0, 0, 0, 1))
+        write_labels(masks / "sub-02_label-kidney_desc-left_mask.nii.gz", blocks(1))
+        assert store.add(root).refused == []
+        found = store.sql("SELECT name, voxels, x_mm FROM labels WHERE scan = 'sub-02_T1w' ORDER BY name").to_pylist()
+        plane = SHAPE[1] * SHAPE[2]
+        assert [tuple(row.values()) for row in found] == [("kidney left", plane, 2.0), ("kidney right", plane, 8.0)]
+
     def test_again_adds_nothing_and_refuses_nothing(self, store: Store, data: Path):
         store.add(bids(data))
         generation = store.generation

@@ -84,6 +84,9 @@ def test_what_cannot_be_kept_is_refused_and_nothing_is_stored(store: Store, coho
     store.delete(f"scan = '{answer[0].scan}'")
     with pytest.raises(NotFound, match="has been deleted since"):
         store.keep(answer, "late")
+    store.add(cohort.file(next(copy for copy in COPIES if copy.stem == answer[0].scan)))  # the same id, other voxels
+    with pytest.raises(NotFound, match="has been deleted since"):
+        store.keep(answer, "late")
     assert store.sql("SELECT DISTINCT question FROM matches").to_pylist() == [{"question": "taken"}]
 
 

@@ -395,6 +395,30 @@ def test_columns_by_their_names_dates_and_ages(store: Path):
     assert not [place for _, place in kinds if place == "column empty_address"]
 
 
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.dictionary(pa.int32(), pa.float64())], ids=str)
+@pytest.mark.parametrize("listed", ["12345678", "1234567.5"])
+def test_an_identifier_among_real_numbers_is_found(store: Path, kind: pa.DataType, listed: str):
+    path = min(store.glob("tables/*.parquet"))
+    table = pq.read_table(path, partitioning=None)
+    cells = [float("nan"), 99999999.5] + [3.0] * table.num_rows
+    numbers = pa.array([float(listed), *cells][: table.num_rows])
+    numbers = numbers.dictionary_encode() if pa.types.is_dictionary(kind) else numbers.cast(kind)
+    pq.write_table(table.append_column("code", numbers), path)
+    seen = [finding for finding in found(store, Identifiers.of(["x9x9", listed])) if finding.kind == "phi_identifier"]
+    assert [finding.message for finding in seen] == ["the identifier in line 2 of the list in column code"]
+
+
+def test_a_listed_number_of_a_table_of_metadata_is_found(tmp_path: Path):
+    for seed in range(3):
+        tiny_scan(tmp_path / "in" / f"s{seed}.nii.gz", seed)
+    (tmp_path / "in.csv").write_text("scan,code,born\ns0,12345678,20240229\ns1,99999999.5,0.5\ns2,3,99999999\n")
+    with isi.create(tmp_path / "store") as made:
+        made.add(tmp_path / "in", metadata=tmp_path / "in.csv")
+    kinds = {(finding.kind, finding.message) for finding in found(made.path, Identifiers.of(["12345678"]))}
+    assert ("phi_identifier", "the identifier in line 1 of the list in column code") in kinds
+    assert ("phi_date", "a date in column born") in kinds
+
+
 def test_names_of_columns_keys_and_files_are_not_repeated(store: Path):
     path = min(store.glob("tables/*.parquet"))
     table = pq.read_table(path, partitioning=None)

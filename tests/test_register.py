@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import pytest
 import SimpleITK
 from affines import affine_of, affines
@@ -30,6 +31,7 @@ from isimed_index.register.images import pyramid, working_of
 from isimed_index.register.reference import anchored, read_reference
 from isimed_index.space import apply_affine, flip_lps, inverse, orientation
 from isimed_index.store.repository import Repository
+from isimed_index.store.transaction import Proposal
 from isimed_index.testing.phantoms import CohortOptions, deformed_cohort, ellipsoid_head
 
 HEADS = (
@@ -336,6 +338,33 @@ def test_sql_joins_transforms_and_labels(registered: Path):
     assert max(found.column("spread").to_pylist()) < MEET_MM
 
 
+def test_the_query_of_the_page_gives_each_scan_once(mine: Store):
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "register.md").read_text(encoding="utf-8")
+    frames, labels = (block.split("```")[0] for block in page.split("```sql\n")[1:])
+    there = mine.snapshot.table("transforms")
+    example = "b6be4b7f95b0"
+    names = {"reference": (example, "0123456789ab"), "kind": ("rigid", "affine")}
+    more = [
+        {**row, "reference": reference, "kind": kind}
+        for row in there.to_pylist()
+        for reference in names["reference"]
+        for kind in names["kind"]
+    ]
+    table = pa.Table.from_pylist(more, schema=there.schema)
+    with Repository.open(mine.path).transaction("test") as transaction:
+        transaction.commit(lambda head: Proposal(tables={"transforms": table}))
+    mine.refresh()
+    assert mine.sql(frames).num_rows == 1 + 4
+    found = mine.sql(labels).to_pylist()
+    assert sorted(row["scan"] for row in found) == sorted(copy.stem for copy in HEADS)
+    for row in found:
+        (centroid,) = mine.sql(
+            "SELECT x_mm, y_mm, z_mm FROM labels WHERE label = 4 AND scan = $s", {"s": row["scan"]}
+        ).to_pylist()
+        landed = apply_affine(mine.transform(row["scan"], example, "rigid"), list(centroid.values()))
+        np.testing.assert_allclose([row["x"], row["y"], row["z"]], landed, atol=1e-9)
+
+
 def test_a_deleted_scan_has_no_transform_and_the_others_keep_theirs(mine: Store):
     before = rows_of(mine)
     mine.delete("scan = 'sub-02_T1w'")
@@ -386,6 +415,31 @@ def test_a_purge_keeps_an_atlas_but_not_one_that_shows_the_patient(mine: Store, 
     assert [(row["scan"], row["reference"]) for row in rows_of(mine)] == [("sub-01_T1w", outside)]
 
 
+def test_an_atlas_whose_file_was_added_later_goes_with_its_patient(mine: Store, files: Path):
+    atlas = files / "sub-02_T1w.nii.gz"
+    mine.purge("sub-02")  # as if it had never been there
+    mine.delete("scan in ('sub-03_T1w', 'sub-04_T1w')")
+    theirs = mine.register(to=atlas).reference
+    mine.add(atlas, spacing_mm=6.0)  # other content: not recognised, and said
+    assert any("atlas" in line and "spacing" in line for line in mine.purge("sub-02").remains)
+    assert [row["reference"] for row in rows_of(mine)] == [theirs]
+    mine.add(atlas)
+    erased = mine.purge("sub-02")
+    assert (erased.register_again, rows_of(mine), mine.snapshot.artefacts("reference")) == (1, [], [])
+    assert not list((mine.path / "references").iterdir())
+    assert not any("atlas" in line for line in erased.remains)
+
+
+def test_an_atlas_goes_whose_scan_was_deleted_before(mine: Store, files: Path):
+    atlas = files / "sub-02_T1w.nii.gz"
+    mine.delete("scan != 'sub-01_T1w'")
+    theirs = mine.register(to=atlas).reference  # no stored scan shows it now; an older generation has one
+    assert theirs in {row["reference"] for row in rows_of(mine)}
+    mine.purge("sub-02")
+    assert theirs not in {row["reference"] for row in rows_of(mine)}
+    assert not list((mine.path / "references").iterdir())
+
+
 def test_a_damaged_mean_is_told_and_made_again(mine: Store):
     mean = mine.snapshot.artefacts("reference")[0].path
     mine.close()
@@ -407,8 +461,6 @@ def test_a_reference_that_is_replaced_meanwhile_ends_the_run(mine: Store, monkey
     def purged(*given, **more):
         if mine.snapshot.artefacts("reference"):
             with Repository.open(mine.path).transaction("test") as transaction:
-                from isimed_index.store.transaction import Proposal
-
                 transaction.commit(lambda head: Proposal(drop=[one.path for one in head.artefacts("reference")]))
             mine.refresh()
         return align(*given, **more)

@@ -1,11 +1,12 @@
 """Export: the content of one pinned generation as files that pandas, polars, NumPy and DuckDB read.
 
-    parquet   scans, subjects, labels, patches-<encoder> (with vectors), lattices.json, encoders/<id>/, voxels/<n>.zarr
-    npy       scans, subjects, labels, and for each encoder <id>/<output>.npy, patches.parquet, card.json
+    parquet   the stored tables, patches-<encoder> (with vectors), lattices.json, encoders/<id>/, voxels/<n>.zarr
+    npy       the stored tables, and for each encoder <id>/<output>.npy, patches.parquet, card.json
     duckdb    all views as tables, and vectors_<encoder> with FLOAT[d] arrays
 
-Only the parquet folder can be read back (`restore`). Row i of `patches` lies beside row i of the vectors everywhere.
-Segments are written one after the other, so memory holds the largest one. Files carry no scan ids in their names.
+Only the parquet folder can be read back (`restore`), less transforms and kept answers. Row i of `patches` lies beside
+row i of the vectors everywhere. Segments are written one after the other, so memory holds the largest one. Files carry
+no scan ids in their names.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from isimed_index.exchange.folder import Exported, becoming, write_seal
 from isimed_index.lattice import ScanGeometry, read_geometry
 from isimed_index.progress import Progress, Silent
 from isimed_index.store.files import CARD, WEIGHTS
-from isimed_index.store.segment import PATCHES, Segment
-from isimed_index.store.snapshot import Snapshot, StoredTable
-from isimed_index.store.sql.patches import patch_rows
+from isimed_index.store.segment import LABEL_SHARES, PATCHES, Segment
+from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot, StoredTable
+from isimed_index.store.sql.patches import label_rows, patch_rows, tells_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,15 +71,22 @@ class Selection:
 
     @cached_property
     def tables(self) -> dict[StoredTable, pa.Table]:
-        """Rows of `scans` (less `artefact`, a place inside the store), `subjects` and `labels`."""
+        """Rows of `scans` (less `artefact`, a place inside the store), and of all tables what is about these scans.
+
+        A kept answer is about two: the scan that it was asked in, and the one that it was found in.
+        """
         import pyarrow.compute as pc
 
         scans = self.snapshot.matching("scans", self.where)
         found: dict[StoredTable, pa.Table] = {"scans": scans.drop_columns("artefact")}
-        of: tuple[tuple[StoredTable, str], ...] = (("subjects", "subject"), ("labels", "scan"), ("transforms", "scan"))
-        for name, column in of:
+        subjects = self.snapshot.table("subjects")
+        found["subjects"] = subjects.filter(pc.is_in(subjects["subject"], scans["subject"].combine_chunks()))
+        of: tuple[StoredTable, ...] = ("labels", "transforms", "matches")
+        for name in of:
             rows = self.snapshot.table(name)
-            found[name] = rows.filter(pc.is_in(rows[column], scans[column].combine_chunks()))
+            for column in SCAN_COLUMNS[name]:
+                rows = rows.filter(pc.is_in(rows[column], scans["scan"].combine_chunks()))
+            found[name] = rows
         return found
 
     @cached_property
@@ -266,11 +274,14 @@ def _database_tables(chosen: Selection, vectors: bool, progress: Progress) -> It
             rows = rows.filter(pc.is_in(rows["scan"], pa.array(chosen.scans, pa.string())))
         yield view, rows
     yield "generations", chosen.snapshot.matching("generations", None)
-    schema = chosen.patch_schema(chosen.encoders)
+    stored = chosen.patch_schema(chosen.encoders)
+    schema = pa.schema([field for field in stored if field.name != LABEL_SHARES])  # which `patch_labels` tells
     yield "patches", schema.empty_table()
+    yield "patch_labels", view_schema("patch_labels").empty_table()
     for made in chosen.encoders:
         for some in _groups(made.segments):
             yield "patches", shaped(patch_rows(chosen.snapshot, some), schema)
+            yield "patch_labels", label_rows([segment for segment in some if tells_labels(segment)])
     for made in chosen.encoders if vectors else ():
         progress.start("export", len(made.segments), "scans")
         for segment in made.segments:

@@ -14,10 +14,10 @@ from isimed_index.ingest.agree import agreeing
 from isimed_index.ingest.choose import Chosen, choose
 from isimed_index.ingest.crew import Crew, Outcome
 from isimed_index.ingest.hide import hide
-from isimed_index.ingest.late import commit_late, late_labels, late_metadata
+from isimed_index.ingest.late import commit_late, labels_of, late_labels, late_metadata
 from isimed_index.ingest.options import AddOptions
 from isimed_index.ingest.report import AddReport, FileOutcome, Refusal
-from isimed_index.ingest.rows import digests, labelled, overlaps, proposal, unnamed
+from isimed_index.ingest.rows import digests, overlaps, proposal, unnamed
 from isimed_index.ingest.take import Job, Staged, Taken
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.label_names import read_label_names
@@ -86,8 +86,6 @@ class _Keeper:
         self._metadata = metadata
         self._now = head
         self._scans = digests(head)  # scan id by digest
-        named = labelled(head)
-        self._unlabelled = {digest for digest, scan in self._scans.items() if scan not in named}
         self._overlaps: list[int] = []  # voxels, of each new scan whose masks overlap
         self._completed: set[str] = set()  # stored scans that got metadata
 
@@ -128,9 +126,13 @@ class _Keeper:
     def _late(self, transaction: Transaction, files: Sequence[tuple[Chosen, Taken]]) -> dict[int, list[Refusal]]:
         """What comes too late for scans that are there already, by the identity of the file that brings it."""
         late: dict[int, list[Refusal]] = {}
-        for file, taken in files:
-            if taken.labels and taken.digest in self._unlabelled:  # an empty label map has no rows to come late
-                late.setdefault(id(file), []).append(Refusal.of(file.shown, late_labels()))
+        labelled = [
+            (file, taken.labels, self._scans[taken.digest]) for file, taken in files if taken.labels is not None
+        ]
+        stored = labels_of([scan for _, _, scan in labelled], self._now) if labelled else {}
+        for file, labels, scan in labelled:
+            if (refused := late_labels(labels, stored[scan])) is not None:
+                late.setdefault(id(file), []).append(Refusal.of(file.shown, refused))
         found = late_metadata([(file, taken.digest) for file, taken in files], self._metadata, self._now)
         for place, refusal in found.refused.items():
             late.setdefault(place, []).append(refusal)

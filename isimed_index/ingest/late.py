@@ -1,11 +1,13 @@
 """What is said of scans that are stored already: what was not known is filled in, what is otherwise is refused.
 
 A file whose content is stored may bring metadata: cells that are empty get them, in a commit of their own. A cell that
-says something else stays, and the file is told of; so does a scan that another person's file is a copy of.
+says something else stays, and the file is told of; so does a scan that another person's file is a copy of. Labels are
+never changed: a label map that is not the stored one is told of too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +17,7 @@ from isimed_index.errors import ScanRefused
 from isimed_index.ingest.choose import Chosen
 from isimed_index.ingest.report import Refusal
 from isimed_index.ingest.rows import given_of, holds, is_text, person_of
-from isimed_index.scans.discover import stem
+from isimed_index.scans.discover import could_be_id, is_numbered
 from isimed_index.scans.metadata import Metadata
 from isimed_index.scans.tables import Value, plain_number
 from isimed_index.store.snapshot import Snapshot, StoredTable
@@ -24,6 +26,9 @@ from isimed_index.store.transaction import Proposal, Transaction
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_PLACE = ("x_mm", "y_mm", "z_mm")
+_ROUNDING = 1e-9  # of centroids, relative and in mm: far below what one voxel of a label moves
+_Rows = Sequence[Mapping[str, Any]]  # of `labels`, of one scan
 _Cells = dict[str, dict[str, Value]]  # by scan or subject, by column
 
 
@@ -36,12 +41,35 @@ class Late:
     refused: dict[int, Refusal] = field(default_factory=dict)
 
 
-def late_labels() -> ScanRefused:
-    """The refusal of a label map for a scan that was stored without one."""
+def late_labels(given: _Rows, stored: _Rows) -> ScanRefused | None:
+    """The refusal of a label map whose rows are not those of its stored scan; None where they say the same.
+
+    Rows hold a label's voxels and centroid: two maps that differ in neither, for any label, are not told apart.
+    """
+    if given and not stored:  # an empty label map has no rows to come late
+        return ScanRefused(
+            "the scan is stored already, without labels; a stored scan is not given labels later",
+            next_step="add it with its labels to a new store",
+        )
+    old = {row["label"]: row for row in stored}
+    if old.keys() == {row["label"] for row in given} and all(_is_in_place(row, old[row["label"]]) for row in given):
+        return None
     return ScanRefused(
-        "the scan is stored already, without labels; a stored scan is not given labels later",
-        next_step="add it with its labels to a new store",
+        "its label map differs from the stored one; a stored scan keeps its labels",
+        next_step="delete the scan and add it again",
     )
+
+
+def labels_of(scans: Sequence[str], head: Snapshot) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `labels` of each of these scans; of one without labels, none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = head.table("labels").select(["scan", "label", "voxels", *_PLACE])
+    rows: dict[str, list[dict[str, Any]]] = {scan: [] for scan in scans}
+    for row in table.filter(pc.is_in(table["scan"], pa.array(list(rows), pa.string()))).to_pylist():
+        rows[row["scan"]].append(row)
+    return rows
 
 
 def late_metadata(files: Sequence[tuple[Chosen, str]], metadata: Metadata, head: Snapshot) -> Late:
@@ -54,7 +82,7 @@ def late_metadata(files: Sequence[tuple[Chosen, str]], metadata: Metadata, head:
     people = {row["subject"]: row for row in subjects.to_pylist()}
     for file, digest in files:
         row = stored[digest]
-        scan = row["scan"] if stem(file.path) in row["scan"] else file.name
+        scan = row["scan"] if _may_be_called(file, row["scan"]) else file.name
         given = {key: value for key, value in given_of(file, scan, metadata).items() if value is not None}
         theirs = late.scans.get(row["scan"], {})
         mine = _is_the_same(file, row)
@@ -121,7 +149,21 @@ def _is_the_same(file: Chosen, row: Mapping[str, Any]) -> bool:
     """Whether a file with the content of a stored scan is that scan's file by its names, and no one else's copy."""
     if file.subject is not None:
         return bool(file.subject == row["subject"])
-    return file.name == row["scan"] or stem(file.path) in row["scan"]
+    return _may_be_called(file, row["scan"])
+
+
+def _may_be_called(file: Chosen, scan: str) -> bool:
+    """Whether `add` could have called this file so, whatever other files and scans there were."""
+    if file.series or file.hidden:  # a surrogate, and no path
+        return is_numbered(file.name, scan)
+    ours = file.name == scan or could_be_id(file.path, scan)
+    return ours or (file.image is not None and is_numbered(file.image.name, scan))
+
+
+def _is_in_place(given: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether two rows of a label have as many voxels and one centroid."""
+    same = (math.isclose(given[axis], stored[axis], rel_tol=_ROUNDING, abs_tol=_ROUNDING) for axis in _PLACE)
+    return bool(given["voxels"] == stored["voxels"]) and all(same)
 
 
 def _fits(key: str, value: Value, row: Mapping[str, Any], schema: pa.Schema, *, fill: bool) -> bool:

@@ -65,11 +65,11 @@ def _ending(item: Staged) -> str:
 def _scan_row(item: Staged, scan: str, metadata: Metadata) -> dict[str, Any]:
     """A row of `scans`: the file's own facts, those of its data set, and what the tables of metadata say.
 
-    A scan whose names say no subject is its own: its id is unique, a stem such as `T1` is not. The volumes of one
-    file are of one subject.
+    A scan whose names say no subject is its own: its id is unique, a stem such as `T1` is not. So is each volume of
+    a file: nothing that is stored says which file a volume came from, and two people must not become one.
     """
     given = given_of(item.file, scan, metadata)
-    own = {"scan": scan, **item.row, "subject": item.file.subject or scan.removesuffix(_ending(item))}
+    own = {"scan": scan, **item.row, "subject": item.file.subject or scan}
     row = own | {
         key: value for key, value in given.items() if key not in own or (value is not None and key != "volume")
     }
@@ -152,10 +152,6 @@ def holds(kind: pa.DataType, value: Value) -> bool:
 def digests(snapshot: Snapshot) -> dict[str, str]:
     rows = snapshot.table("scans")
     return dict(zip(rows.column("digest").to_pylist(), rows.column("scan").to_pylist(), strict=True))
-
-
-def labelled(snapshot: Snapshot) -> set[str]:
-    return set(snapshot.table("labels").column("scan").to_pylist())
 
 
 def unnamed(staged: Sequence[Staged]) -> set[int]:

@@ -127,10 +127,10 @@ def _parquet(path: Path) -> Iterator[Text]:
 
 
 @lru_cache
-def _own_numbers() -> frozenset[str]:
-    """Columns of whole numbers that the store counts itself: millions of row ids are no one's."""
+def _own_numbers(kind: str) -> frozenset[str]:
+    """Columns of numbers (`int`, `float`) that the store makes itself: millions of row ids are no one's."""
     fields = [field for table in get_args(TableName) for field in table_contract(table)["fields"]]
-    return frozenset(field["name"] for field in fields if field["type"].startswith("int"))
+    return frozenset(field["name"] for field in fields if field["type"].startswith(kind))
 
 
 @lru_cache
@@ -142,18 +142,22 @@ def _of_the_contract() -> frozenset[bytes]:
 
 
 def _cells(field: Any, column: Any) -> Iterator[Text]:
-    """The distinct values of a column with how often they occur; of real numbers the largest."""
+    """The distinct values of a column with how often they occur; of the store's own real numbers the largest."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if column is None or column.null_count == len(column):
         return
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        most = "" if pa.types.is_boolean(kind) else str(pc.max(column).as_py())  # whether an age is above 89
-        yield Text(most, f"column {field.name}", column=field.name)
+    if pa.types.is_boolean(kind):
+        yield Text("", f"column {field.name}", column=field.name)
         return
-    if pa.types.is_integer(kind) and field.name in _own_numbers():
+    if pa.types.is_floating(kind):
+        column = column.cast(pa.float64())
+        if field.name in _own_numbers("float"):
+            yield Text(str(pc.max(column).as_py()), f"column {field.name}", column=field.name)  # an age above 89
+            return
+    if pa.types.is_integer(kind) and field.name in _own_numbers("int"):
         return
     if pa.types.is_nested(kind):
         for value in column.to_pylist():
@@ -162,8 +166,14 @@ def _cells(field: Any, column: Any) -> Iterator[Text]:
     for item in column.value_counts().to_pylist():
         value = item["values"]
         if value is not None:
-            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-            yield Text(text, f"column {field.name}", int(item["counts"]), field.name)
+            yield Text(_as_text(value), f"column {field.name}", int(item["counts"]), field.name)
+
+
+def _as_text(value: Any) -> str:
+    """A cell as it was written: 12345678.0 is the number 12345678, made real by another cell of its column."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def unzipped(path: Path, content: bytes) -> bytes | None:

@@ -316,7 +316,10 @@ def _still_there(now: Snapshot, reference: Reference) -> None:
 
 
 def _atlas(head: Snapshot, path: Path) -> Reference:
-    """An atlas file as a reference; where it is a stored scan, erasing the patient has to take it along."""
+    """An atlas file as a reference; where it is a stored scan, erasing the patient has to take it along.
+
+    Of a scan that is stored only later, the reference's id tells: both come from the digest of the same content.
+    """
     atlas = read_scan(path, "atlas")
     rows = head.table("scans").select(["digest", "artefact"]).to_pylist()
     made = from_atlas(atlas, [row["artefact"] for row in rows if row["digest"] == atlas.digest])

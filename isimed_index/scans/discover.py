@@ -15,6 +15,7 @@ from isimed_index.scans.dicom import files as dicom_files
 
 SUFFIXES = formats.SUFFIXES
 _SKIPPED_FOLDERS = (".zarr", ".isimed")
+_VOLUME, _NUMBER = r"(?:_vol-\d+)?", r"(?:-\d+)?"  # what ids may end in
 _BIDS_ENTITY = re.compile(r"(?:^|_)((sub|ses)-[A-Za-z0-9]+)")
 
 
@@ -77,6 +78,18 @@ def unique_ids(paths: Sequence[Path], taken: Collection[str], ending: str = "") 
         used.add(candidate)
         ids.append(candidate)
     return ids
+
+
+def could_be_id(path: Path, scan: str) -> bool:
+    """Whether `unique_ids` could have given a file this id, or the id of one of its volumes, among other files."""
+    name = re.escape(stem(path))
+    folder = re.escape(_folders(path)[0])
+    return re.fullmatch(rf"{name}{_VOLUME}|{folder}_{name}{_NUMBER}{_VOLUME}{_NUMBER}", scan) is not None
+
+
+def is_numbered(name: str, scan: str) -> bool:
+    """Whether an id is this name, or one of its volumes, with or without a number that makes it unique."""
+    return re.fullmatch(rf"{re.escape(name)}{_NUMBER}{_VOLUME}{_NUMBER}", scan) is not None
 
 
 def label_path(image: Path, pattern: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import warnings
 import zlib
@@ -150,6 +151,28 @@ class TestSyntaxes:
                 edit(path, Rows=4)
             assert "not of the size that its header says" in refused(folder)
         assert code_stream_shape(b"\xff\xd8\xff") is None
+
+    @pytest.mark.parametrize("scaling", [None, [(1.0, 0.0), (2.0, 1.0)]])
+    def test_negative_values_under_a_header_that_knows_none_are_refused(self, tmp_path, scaling):
+        voxels = smooth(dtype=np.int16, stored=12)
+        for path in write_series(tmp_path / "refused", voxels, syntax="jpeg-2000-lossless", stored=12, scaling=scaling):
+            edit(path, PixelRepresentation=0)
+        assert voxels.min() < 0
+        with pytest.raises(ScanRefused, match=r"that its values are not negative.*found -\d+") as caught:
+            read(tmp_path / "refused")
+        assert "PixelRepresentation" in caught.value.message
+        least = min(int(voxels[:, :, k].min()) for k in range(voxels.shape[2]))
+        assert int(re.search(r"found (-\d+)", caught.value.message)[1]) >= least
+
+    def test_a_signed_stream_without_negative_values_is_read_under_an_unsigned_header(self, tmp_path):
+        voxels = smooth(dtype=np.int16, stored=12)
+        voxels = (voxels - voxels.min()) // 2
+        paths = write_series(tmp_path, voxels, syntax="jpeg-2000-lossless", stored=12)
+        for path in paths:
+            edit(path, PixelRepresentation=0)
+        scan = read(tmp_path)
+        assert scan.voxels.dtype == np.uint16
+        np.testing.assert_array_equal(np.sort(scan.voxels, axis=None), np.sort(voxels, axis=None))
 
     def test_a_method_that_is_not_read_is_named(self, tmp_path):
         for path in write_series(tmp_path, noise()):

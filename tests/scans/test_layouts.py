@@ -155,7 +155,11 @@ class TestBids:
         write_labels(anat / "sub-02_dseg.nii.gz", blocks(1)[:-1])
         found = read(tmp_path)
         assert by_name(found)["sub-02_T1w"].labels is None
-        assert any(note.startswith("2 label maps lie on the grid of no image") for note in found.notes)
+        assert "1 label maps are in a space that is not their image's and were left out: " in "\n".join(found.notes)
+        assert (
+            "1 label maps lie on another grid than the images of their name and were left out: sub-02_dseg.nii.gz"
+            in found.notes
+        )
 
     def test_of_several_segmentations_one_is_taken_and_said(self, tmp_path):
         write_labels(bids(tmp_path) / "sub-02" / "anat" / "sub-02_dseg.nii.gz", blocks(3))
@@ -165,6 +169,89 @@ class TestBids:
         assert labels.files[0].parent.name == "anat"
         assert labels.files[0].name == "sub-02_dseg.nii.gz"
         assert any("1 images have more than one label map" in note for note in found.notes)
+
+    @pytest.mark.parametrize(
+        ("masks", "names"),
+        [
+            (("label-kidney_desc-left_mask", "label-kidney_desc-right_mask"), {1: "kidney left", 2: "kidney right"}),
+            (("hemi-L_label-amygdala_mask", "hemi-R_label-amygdala_mask"), {1: "amygdala L", 2: "amygdala R"}),
+            (("hemi-R_mask", "mask", "space-orig_desc-brain_mask"), {1: "R", 2: "brain", 3: "mask"}),
+            (("label-lesion_mask", "label-lesion_desc-old_roi"), {1: "lesion", 2: "lesion old"}),
+        ],
+    )
+    def test_a_mask_is_named_by_all_that_tells_it_from_others(self, tmp_path, masks, names):
+        found = read(self.masked(tmp_path, *masks))
+        labels = by_name(found)["sub-06_T1w"].labels
+        assert labels is not None
+        assert labels.names == names
+        stems = [path.name.removeprefix("sub-06_").removesuffix(".nii.gz") for path in labels.files]
+        assert sorted(stems) == sorted(masks)
+        for value, stem in zip(labels.values, stems, strict=True):
+            assert all(f"-{word}" in stem for word in names[value].split() if word != "mask")
+        assert not any("sub-06" in note for note in found.notes)
+
+    @pytest.mark.parametrize(
+        "masks",
+        [
+            ("label-kidney_space-orig_mask", "label-kidney_mask"),
+            ("label-left_mask", "desc-left_mask", "label-liver_mask"),  # two structures, of which one name is made
+            ("label-kidney_mask", "label-kidney_roi"),
+        ],
+    )
+    def test_two_masks_of_one_structure_are_no_labels_and_named(self, tmp_path, masks):
+        found = read(self.masked(tmp_path, *masks))
+        assert by_name(found)["sub-06_T1w"].labels is None
+        (note,) = (note for note in found.notes if "sub-06" in note)
+        assert note.startswith("1 images have several masks of one structure and got no labels: sub-06_T1w.nii.gz (")
+        assert all(f"sub-06_{mask}.nii.gz" in note for mask in masks if "liver" not in mask)
+        assert "liver" not in note
+
+    def test_what_is_shared_with_the_image_is_not_in_the_name_of_a_mask(self, tmp_path):
+        root = self.masked(tmp_path, "desc-pre_label-kidney_mask", image="sub-06_desc-pre_T1w")
+        assert by_name(read(root))["sub-06_desc-pre_T1w"].labels.names == {1: "kidney"}
+        root = self.masked(tmp_path / "other", "desc-brain_mask", image="sub-06_desc-brain_T1w")
+        assert by_name(read(root))["sub-06_desc-brain_T1w"].labels.names == {1: "brain"}
+
+    def test_label_maps_of_one_half_of_the_brain_are_not_those_of_the_image(self, tmp_path):
+        found = read(self.masked(tmp_path, "hemi-L_dseg", "hemi-R_dseg"))
+        assert by_name(found)["sub-06_T1w"].labels is None
+        assert (
+            "2 label maps are of one hemisphere, and no image of their name is of that one, and were left out: "
+            "sub-06_hemi-L_dseg.nii.gz, sub-06_hemi-R_dseg.nii.gz" in found.notes
+        )
+        masks = ("hemi-L_dseg", "hemi-R_mask", "label-pons_mask")
+        found = read(self.masked(tmp_path / "half", *masks, image="sub-06_hemi-L_T1w"))
+        labels = by_name(found)["sub-06_hemi-L_T1w"].labels
+        assert [path.name for path in labels.files] == ["sub-06_hemi-L_dseg.nii.gz"]
+        assert sorted(note.split(" and ", 1)[0] for note in found.notes) == [
+            "1 label maps are named after no image",
+            "1 label maps are of one hemisphere,",
+        ]
+
+    def test_masks_of_other_pipelines_and_images_are_left_out_for_the_reason_that_is_said(self, tmp_path):
+        root = self.masked(tmp_path, "label-kidney_mask", "run-2_label-liver_mask")
+        other = root / "derivatives" / "other" / "sub-06" / "anat"
+        write_labels(other / "sub-06_label-kidney_mask.nii.gz", blocks(0, 1))
+        found = read(root)
+        labels = by_name(found)["sub-06_T1w"].labels
+        assert [path.parent.parts[-3] for path in labels.files] == ["masks"]
+        assert (
+            "1 images have masks of several pipelines, and got those of one: sub-06_T1w.nii.gz (masks)" in found.notes
+        )
+        assert (
+            "1 label maps are named after no image and were left out: sub-06_run-2_label-liver_mask.nii.gz"
+            in found.notes
+        )
+
+    @staticmethod
+    def masked(root: Path, *masks: str, image: str = "sub-06_T1w") -> Path:
+        """A data set of one image and masks of it on its grid, one plane each."""
+        write_json(root / "dataset_description.json", {"Name": "Test", "BIDSVersion": "1.9.0"})
+        tiny_scan(root / "sub-06" / "anat" / f"{image}.nii.gz", 6)
+        for place, mask in enumerate(masks):
+            path = root / "derivatives" / "masks" / "sub-06" / "anat" / f"sub-06_{mask}.nii.gz"
+            write_labels(path, blocks(*[0] * place, 1))
+        return root
 
     def test_a_segmentation_that_fits_two_images_is_given_to_both_and_said(self, tmp_path):
         anat = bids(tmp_path) / "sub-02" / "anat"
@@ -271,6 +358,26 @@ class TestMsd:
             ("unlisted.nii.gz", "dataset.json"),
         ]
 
+    def test_a_pair_of_two_cases_is_refused_by_name(self, tmp_path):
+        root = msd(tmp_path)
+        index = json.loads((root / "dataset.json").read_text())
+        index["training"][0]["label"] = index["training"][1]["label"]
+        write_json(root / "dataset.json", index)
+        found = read(root)
+        assert list(by_name(found)) == ["spleen_2", "spleen_1"]
+        assert refusals(found) == {
+            "spleen_10.nii.gz": "dataset.json gives it the label map of another case: "
+            "expected spleen_10, found spleen_2"
+        }
+
+    def test_a_pair_of_two_suffixes_is_a_pair(self, tmp_path):
+        root = msd(tmp_path)
+        index = json.loads((root / "dataset.json").read_text())
+        write_labels(root / "labelsTr" / "spleen_10.nii", blocks(1))
+        index["training"][0]["label"] = "./labelsTr/spleen_10.nii"
+        write_json(root / "dataset.json", index)
+        assert by_name(read(root))["spleen_10"].labels.files[0].name == "spleen_10.nii"
+
     def test_channels_of_4d_tasks(self, tmp_path):
         root = msd(tmp_path)
         index = json.loads((root / "dataset.json").read_text())
@@ -300,6 +407,19 @@ class TestBrats:
             assert image.labels is not None
             assert image.labels.names == {1: "necrotic tumor core", 2: "peritumoral edema", 4: "enhancing tumor"}
         assert all(image.labels is None for image in found["validation"].images)
+
+    @pytest.mark.parametrize(
+        ("folder", "split"),
+        [
+            ("BraTS2021_Training_Data", "train"),
+            ("BraTS2021-Validation-Data", "validation"),
+            ("MICCAI_BraTS_TrainingData_2021", "train"),
+            ("training_of_data", None),
+        ],
+    )
+    def test_splits_by_the_folder(self, tmp_path, folder, split):
+        brats(tmp_path / folder, "BraTS2021_00000", BRATS_2021, "_", None)
+        assert {image.split for image in read(tmp_path / folder).images} == {split}
 
     @pytest.mark.parametrize("cohort", ["GLI", "SSA", "MEN", "MET", "PED"])
     def test_2023(self, tmp_path, cohort):

@@ -8,8 +8,8 @@ from isimed_index.errors import ScanRefused
 from isimed_index.grid import PatchGrid
 from isimed_index.scans.chunks import open_chunks, write_chunks
 from isimed_index.scans.discover import find_files, label_path, stem, subject_and_session
-from isimed_index.scans.prepare import Intensity, prepare
 from isimed_index.scans.label_names import read_label_names
+from isimed_index.scans.prepare import Intensity, prepare
 from isimed_index.scans.read import read_labels, read_scan
 from isimed_index.space import apply_affine, inverse
 

@@ -290,7 +290,7 @@ class TestSeries:
 
 
 class TestAdd:
-    def test_two_volumes_of_a_file_are_two_scans_of_one_subject(self, tmp_path):
+    def test_two_volumes_of_a_file_are_two_scans(self, tmp_path):
         path = nifti(tmp_path / "perfusion.nii.gz", series_4d())
         store = create(tmp_path / "s.isimed")
         (line,) = [item.next_step for item in store.add(path).refused]
@@ -301,8 +301,8 @@ class TestAdd:
         assert (again.added, again.unchanged) == ([], ["perfusion_vol-3"])
         rows = store.sql("SELECT scan, subject, volume FROM scans ORDER BY scan").to_pylist()
         assert rows == [
-            {"scan": "perfusion_vol-0", "subject": "perfusion", "volume": 0},
-            {"scan": "perfusion_vol-3", "subject": "perfusion", "volume": 3},
+            {"scan": "perfusion_vol-0", "subject": "perfusion_vol-0", "volume": 0},
+            {"scan": "perfusion_vol-3", "subject": "perfusion_vol-3", "volume": 3},
         ]
         with pytest.raises(UsageError, match="from 0"):
             store.add(path, volume=-1)
@@ -317,7 +317,36 @@ class TestAdd:
             path = nifti(tmp_path / folder / "T1.nii", turn * series_4d())
             store.add(path, volume=1)
         rows = store.sql("SELECT scan, subject FROM scans ORDER BY scan").to_pylist()
-        assert [tuple(row.values()) for row in rows] == [("T1_vol-1", "T1"), ("y_T1_vol-1", "y_T1")]
+        assert [tuple(row.values()) for row in rows] == [("T1_vol-1", "T1_vol-1"), ("y_T1_vol-1", "y_T1_vol-1")]
+
+    def test_volumes_of_files_of_one_name_are_never_one_subject(self, tmp_path):
+        """Nothing in the store says which file a volume came from: two people's `T1` differ in the folder alone."""
+        store = create(tmp_path / "s.isimed")
+        for turn, (folder, volume) in enumerate((("x/a", 0), ("y/a", 1), ("y/a", 0), ("z/a", 0), ("z/a", 1))):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            path = nifti(tmp_path / folder / "T1.nii.gz", series_4d() * {"x": 1, "y": -1, "z": 2}[folder[0]])
+            assert len(store.add(path, volume=volume).added) == 1, turn
+        rows = store.sql("SELECT scan, subject FROM scans ORDER BY scan").to_pylist()
+        assert [row["scan"] for row in rows] == ["T1_vol-0", "T1_vol-1", "a_T1_vol-0", "a_T1_vol-0-2", "a_T1_vol-1"]
+        assert [row["subject"] for row in rows] == [row["scan"] for row in rows]
+        store.purge("T1_vol-0")
+        assert store.scans().column("scan").to_pylist().count("T1_vol-1") == 1
+
+    def test_an_expression_keeps_volumes_of_a_person_together(self, tmp_path):
+        store = create(tmp_path / "s.isimed")
+        (tmp_path / "in" / "P012").mkdir(parents=True)
+        nifti(tmp_path / "in" / "P012" / "T1.nii.gz", series_4d())
+        for volume in (0, 1):
+            store.add(tmp_path / "in", volume=volume, subject_from=r"^(P\d+)/")
+        assert store.sql("SELECT DISTINCT subject FROM scans").to_pylist() == [{"subject": "P012"}]
+
+    def test_a_table_keeps_volumes_of_a_person_together(self, tmp_path):
+        store = create(tmp_path / "s.isimed")
+        (tmp_path / "t.csv").write_text("scan,subject\nperfusion,P7\n")
+        path = nifti(tmp_path / "perfusion.nii.gz", series_4d())
+        for volume in (0, 3):
+            assert store.add(path, volume=volume, metadata=tmp_path / "t.csv").refused == []
+        assert store.scans().column("subject").to_pylist() == ["P7", "P7"]
 
     def test_tables_and_names_say_whose_a_volume_is(self, tmp_path):
         store = create(tmp_path / "s.isimed")
@@ -326,7 +355,7 @@ class TestAdd:
         store.add(nifti(tmp_path / "sub-07_bold.nii.gz", -series_4d()), volume=3)
         rows = store.sql("SELECT scan, subject, volume, sex FROM scans ORDER BY scan").to_pylist()
         assert [tuple(row.values()) for row in rows] == [
-            ("perfusion_vol-3", "perfusion", 3, "F"),
+            ("perfusion_vol-3", "perfusion_vol-3", 3, "F"),
             ("sub-07_bold_vol-3", "sub-07", 3, None),
         ]
 

@@ -11,7 +11,7 @@ import pytest
 from store_builders import add_encoder, add_scan, add_segment, whole_store
 
 from isimed_index import contracts
-from isimed_index.errors import SqlRefused
+from isimed_index.errors import SqlRefused, StoreDamaged
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql import needs, patches, sandbox
@@ -37,6 +37,9 @@ QUERIES = [
     "SELECT scan FROM (SELECT * FROM patches LIMIT 6) WHERE foreground >= 0 LIMIT 5",
     "SELECT a.scan FROM (FROM patches LIMIT 2) a, (FROM patches LIMIT 3) b, patches c ORDER BY ALL",
     "SELECT * FROM patches LIMIT 50%",
+    "SELECT patch FROM patches LIMIT ALL OFFSET 2",
+    "SELECT patch FROM patches LIMIT 9223372036854775807 OFFSET 2",
+    "FROM (SELECT patch FROM patches OFFSET 5) LIMIT 3",
     "SELECT * FROM patches LIMIT 0",
     "SELECT unnest([patch, 10]) FROM patches LIMIT 5",
     "SUMMARIZE patches",
@@ -123,6 +126,28 @@ def test_only_what_the_plan_reads_is_loaded(repository: Repository, loaded: list
     assert loaded == [need]
 
 
+NESTED = [  # a limit of more than 10,000 rows keeps the order of rows in the plan
+    "FROM (SELECT patch FROM t OFFSET 90000) LIMIT 20000",
+    "FROM (SELECT patch FROM t LIMIT 20000 OFFSET 5000) LIMIT 15000",
+    "FROM (SELECT patch FROM t LIMIT 20000) OFFSET 15000",
+    "FROM (FROM (SELECT patch FROM t LIMIT 30000 OFFSET 7) LIMIT 20000 OFFSET 11) LIMIT 12000 OFFSET 13",
+    "FROM (SELECT patch FROM t LIMIT 20000) WHERE patch > 15000 LIMIT 12000",
+    "SELECT patch FROM t LIMIT 20000 OFFSET 90000",
+]
+
+
+@pytest.mark.parametrize("query", NESTED)
+def test_the_rows_that_a_limit_needs_are_enough(query: str) -> None:
+    rows = pa.table({"patch": range(100_000)})
+    with duckdb.connect(":memory:") as whole, duckdb.connect(":memory:") as connection:
+        whole.register("t", rows)
+        connection.execute("CREATE TABLE t (patch BIGINT)")
+        request = Request(query, pa.table({}), None, 1.0, 1 << 30)
+        need = needs.find(connection, request, ["t"], lambda: None)["t"]
+        needs.replace(connection, "t", rows.slice(0, need.rows))
+        assert connection.sql(query).fetchall() == whole.sql(query).fetchall()
+
+
 def test_a_condition_loads_its_columns_and_those_that_are_told(repository: Repository, loaded: list[Need]) -> None:
     found = repository.snapshot().matching("patches", "i >= 2 AND scan = 'late'", ["patch"])
     assert loaded == [Need(["patch", "scan", "i"])]
@@ -164,6 +189,47 @@ def test_columns_beside_the_contract_are_there_where_a_segment_has_them(
     assert whole["grade"].to_pylist() == [0, 1, 2, None, None, None]
     monkeypatch.setattr(patches, "LARGE_ROWS", 1)
     assert snapshot.sql(query).equals(whole)
+
+
+def test_columns_of_any_type_can_stand_beside_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import store_builders
+
+    repository = Repository.create(tmp_path / "c")
+    add_encoder(repository)
+    add_scan(repository, "one")
+    plain = store_builders.patch_rows
+    odd = {
+        "none": pa.nulls(3),
+        "list": pa.array([[1], None, []]),
+        "long": pa.array(["a", "b", None], pa.large_string()),
+    }
+
+    def rows(scan: str, n: int) -> pa.Table:
+        table = plain(scan, n)
+        for name, column in odd.items():
+            table = table.append_column(name, column)
+        return table
+
+    monkeypatch.setattr(store_builders, "patch_rows", rows)
+    add_segment(repository, "one", 3)
+    whole = repository.snapshot().sql("FROM patches")
+    monkeypatch.setattr(patches, "LARGE_ROWS", 1)
+    assert repository.snapshot().sql("FROM patches").to_pylist() == whole.to_pylist()
+
+
+def test_labels_that_are_no_map_are_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import store_builders
+
+    repository = Repository.create(tmp_path / "c")
+    add_encoder(repository)
+    add_scan(repository, "one")
+    bare = store_builders.patch_rows("one", 3).drop_columns("label_shares")
+    monkeypatch.setattr(
+        store_builders, "patch_rows", lambda *_: bare.append_column("label_shares", pa.array([1, 2, 3]))
+    )
+    add_segment(repository, "one", 3)
+    with pytest.raises(StoreDamaged, match="expected a map"):
+        repository.snapshot().sql("FROM patch_labels")
 
 
 def test_more_than_memory_holds_is_refused_before_it_is_loaded(

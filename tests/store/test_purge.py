@@ -23,6 +23,7 @@ from store_builders import (
     whole_store,
 )
 
+from isimed_index.contracts import conform
 from isimed_index.errors import NotFound, StoreDamaged, StoreLocked
 from isimed_index.store.repository import Repository
 from isimed_index.store.tags import set_tag, tag_names
@@ -231,6 +232,24 @@ def test_an_id_that_another_subject_has_now_stays(repository: Repository):
     purge(repository, GONE)
     assert content(repository.snapshot()) == before
     assert repository.snapshot().scan_row(SCAN)["subject"] == "someone"
+
+
+def test_answers_that_only_ask_of_the_subject_go(tmp_path: Path):
+    repository = Repository.create(tmp_path / "c")
+    for scan in (SCAN, OTHER):
+        add_scan(repository, scan)
+    place = {f"{side}{axis}_mm": 1.0 for side in ("", "from_") for axis in "xyz"}
+    said = {"question": "q", "rank": 1, "encoder": ENCODER, "generation": 1, "time": "2026-01-01T00:00:00Z"}
+    delete_scans(repository, f"scan = '{SCAN}'")
+    for asked in (SCAN, OTHER):  # the first is in a generation that knows nothing else of the subject
+        row = {**said, **place, "from_scan": asked, "scan": OTHER, "subject": KEPT, "question": asked[:6]}
+        rows = conform("matches", pa.Table.from_pylist([row]))
+        with repository.transaction("keep") as transaction:
+            transaction.commit(lambda head, rows=rows: Proposal(tables={"matches": rows}))
+    done = purge(repository, GONE)
+    assert_nowhere(repository, GONE, SCAN)
+    assert done.hits == 0
+    assert [row["from_scan"] for row in repository.snapshot().table("matches").to_pylist()] == [OTHER]
 
 
 def test_ids_that_begin_alike_are_others(repository: Repository):

@@ -158,6 +158,12 @@ def _decompressed(dataset: Any, frame: int, pixels: PixelType, shape: tuple[int,
     decoded: NDArray[Any] = getattr(imagecodecs, f"{codec}_decode")(stream)
     if decoded.shape != shape or decoded.dtype.itemsize > pixels.allocated // 8 or decoded.dtype.kind not in "iu":
         raise ScanRefused("its compressed images are not of the type that its header says", next_step="export it again")
+    if not pixels.signed and decoded.dtype.kind == "i" and decoded.size and int(decoded.min()) < 0:
+        raise ScanRefused(  # stored as the header says, -1000 would become 64536
+            "its header says that its values are not negative (PixelRepresentation 0), and its compressed images hold "
+            f"negative ones: found {int(decoded.min())}",
+            next_step="export it again",
+        )
     if not pixels.signed or decoded.dtype.kind == "i":
         return decoded
     # The stream knows no sign: the highest of the bits stored is the sign.

@@ -2,12 +2,13 @@
 
 `sub-01_T1w.nii.gz` may have `sub-01_seg-brain_dseg.nii.gz` beside it or in `derivatives/<pipeline>/sub-01/anat/`. The
 name of a segmentation holds the entities of its source but not its suffix (T1w), so that the grid has to tell which of
-several images it was made on. Masks (`label-lesion_mask`) are used where an image has no segmentation.
+several images it was made on. Masks (`label-lesion_mask`) are used where an image has no segmentation; each is named
+by all that tells it from others (`label-kidney_desc-left` is "kidney left").
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,10 +22,20 @@ from isimed_index.space import Affine
 
 _DSEG, _MASK = "dseg", "mask"
 LABEL_SUFFIXES = (_DSEG, _MASK, "roi")  # roi is what masks were called before
-_DERIVED = ("space", "seg", "atlas", "label", "res", "den", "desc", "scale")  # a derivative's own entities
+_NAMING = ("label", "hemi", "desc", "seg", "atlas")  # entities that say what a mask shows, in the order of its name
+_DERIVED = ("space", *_NAMING, "res", "den", "scale")  # a derivative's own entities
 _IMAGES = (".nii.gz", ".nii")
 _TOLERANCE_MM = 1e-3
 _Grid = tuple[tuple[int, ...], Affine]
+_Candidate = tuple[Path, BidsName, Path]  # a label map, its name, and the data set that it lies in
+# How far a label map came with the image that suits it best; up to the last, it is left out, for the reason below.
+_NO_IMAGE, _SPACE, _HEMISPHERE, _OTHER_GRID, _FITS = range(5)
+_REASONS = (
+    "are named after no image",
+    "are in a space that is not their image's",
+    "are of one hemisphere, and no image of their name is of that one,",
+    "lie on another grid than the images of their name",
+)
 
 
 class LabelFinder:
@@ -35,35 +46,47 @@ class LabelFinder:
         self._side_cars: dict[Path, SideCars] = {}
         self._of: dict[Path, LabelFiles] = {}
         self._several: list[str] = []
-        self._unfit: list[str] = []
+        self._pipelines: list[str] = []
+        self._twice: list[str] = []
+        self._came: dict[Path, int] = {}  # label map → _NO_IMAGE … _FITS
         self._shared: list[str] = []
         self._unreadable: list[str] = []
 
     def match(self, images: Sequence[tuple[Path, BidsName]]) -> None:
         """Find the label maps of all images."""
-        candidates: dict[tuple[str, ...], list[tuple[Path, BidsName, Path]]] = {}
+        candidates: dict[tuple[str, ...], list[_Candidate]] = {}
         for path, name, dataset in self._candidates():
             candidates.setdefault(_source(name), []).append((path, name, dataset))
-        structures = sorted(
-            {_structure(name) for some_ in candidates.values() for _, name, _ in some_ if name.suffix != _DSEG}
-        )
+            self._came[path] = _NO_IMAGE
         fit: Counter[Path] = Counter()  # label maps whose names do not say on which image they were drawn
-        named: set[Path] = set()
+        on: list[tuple[Path, BidsName, list[_Candidate]]] = []
         for path, name in images:
-            grid = None
-            mine: list[tuple[Path, BidsName, Path]] = []
-            for candidate in candidates.get(_source(name), ()):
-                if not _may_be_on(candidate[1], name):
-                    continue
-                grid = grid or _grid(path)
-                if grid is not None and _same(grid, _grid(candidate[0])):
-                    mine.append(candidate)
+            mine = self._fitting(path, name, candidates.get(_source(name), ()))
             fit.update(candidate[0] for candidate in mine if candidate[1].entities.get("space") != name.suffix)
-            named.update(candidate[0] for candidate in mine)
-            if mine:
-                self._of[path] = self._chosen(path, mine, structures)
-        self._unfit = [path.name for group in candidates.values() for path, _, _ in group if path not in named]
+            on.append((path, name, mine))
         self._shared = sorted(path.name for path, count in fit.items() if count > 1)
+        structures = sorted(
+            {_structure(label, name) for _, name, mine in on for _, label, _ in mine if label.suffix != _DSEG}
+        )
+        for path, name, mine in on:
+            chosen = self._chosen(path, name, mine, structures) if mine else None
+            if chosen is not None:
+                self._of[path] = chosen
+
+    def _fitting(self, image: Path, name: BidsName, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Those of the label maps with the entities of an image that lie on its grid."""
+        grid = None
+        mine = []
+        for candidate in candidates:
+            path, label, _ = candidate
+            came = _agree(label, name)
+            if came == _OTHER_GRID:
+                grid = grid or _grid(image)
+                came = _FITS if grid is not None and _same(grid, _grid(path)) else _OTHER_GRID
+            if came == _FITS:
+                mine.append(candidate)
+            self._came[path] = max(came, self._came[path])
+        return mine
 
     def of(self, image: Path) -> LabelFiles | None:
         """The label map of an image, if one was found."""
@@ -76,21 +99,29 @@ class LabelFinder:
             notes.append(
                 f"{len(self._several)} images have more than one label map, and got one: {some(self._several)}"
             )
+        if self._pipelines:
+            notes.append(
+                f"{len(self._pipelines)} images have masks of several pipelines, and got those of one: "
+                f"{some(self._pipelines)}"
+            )
+        if self._twice:
+            notes.append(
+                f"{len(self._twice)} images have several masks of one structure and got no labels: {some(self._twice)}"
+            )
         if self._shared:
             notes.append(
                 f"{len(self._shared)} label maps fit several images with one grid, and were given to each: "
                 f"{some(self._shared)}"
             )
-        if self._unfit:
-            notes.append(
-                f"{len(self._unfit)} label maps lie on the grid of no image of their name and were left out: "
-                f"{some(self._unfit)}"
-            )
+        for came, reason in enumerate(_REASONS):
+            unfit = [path.name for path, reached in self._came.items() if reached == came]
+            if unfit:
+                notes.append(f"{len(unfit)} label maps {reason} and were left out: {some(unfit)}")
         notes.extend(f"{message}; the labels go by their numbers" for message in sorted(set(self._unreadable)))
         return notes
 
-    def _candidates(self) -> Iterator[tuple[Path, BidsName, Path]]:
-        """Label maps of the data set and its derivatives: file, name, and the data set that it lies in."""
+    def _candidates(self) -> Iterator[_Candidate]:
+        """Label maps of the data set and its derivatives."""
         derivatives = self._root / "derivatives"
         pipelines = [path for path in sorted(derivatives.iterdir()) if path.is_dir()] if derivatives.is_dir() else []
         for dataset in (self._root, *pipelines):
@@ -101,7 +132,9 @@ class LabelFinder:
                     if name is not None and name.suffix in LABEL_SUFFIXES and not path.name.startswith("."):
                         yield path, name, dataset
 
-    def _chosen(self, image: Path, mine: list[tuple[Path, BidsName, Path]], structures: Sequence[str]) -> LabelFiles:
+    def _chosen(
+        self, image: Path, name: BidsName, mine: list[_Candidate], structures: Sequence[str]
+    ) -> LabelFiles | None:
         """Of several: a segmentation before masks, one beside the image first, then by pipeline and name."""
         maps = [item for item in mine if item[1].suffix == _DSEG]
         if maps:
@@ -111,11 +144,18 @@ class LabelFinder:
             path, _, dataset = maps[0]
             return LabelFiles((path,), self._names(path, dataset))
         first = mine[0][2]  # masks of one pipeline only: two that drew the same structure would overlap
-        masks = {_structure(name): path for path, name, dataset in mine if dataset == first}
-        if len(masks) < len(mine):
-            self._several.append(f"{image.name} (masks)")
-        values = {structures.index(structure) + 1: structure for structure in masks}
-        return LabelFiles(tuple(masks[values[value]] for value in sorted(values)), values, tuple(sorted(values)))
+        if any(dataset != first for _, _, dataset in mine):
+            self._pipelines.append(f"{image.name} ({first.name})")
+        masks: defaultdict[str, list[Path]] = defaultdict(list)
+        for path, label, dataset in mine:
+            if dataset == first:
+                masks[_structure(label, name)].append(path)
+        twice = [path.name for paths in masks.values() if len(paths) > 1 for path in paths]
+        if twice:  # nothing tells which is meant, and a map without the structure would call it background
+            self._twice.append(f"{image.name} ({', '.join(twice)})")
+            return None
+        values = {structures.index(structure) + 1: structure for structure in sorted(masks)}
+        return LabelFiles(tuple(masks[structure][0] for structure in values.values()), values, tuple(values))
 
     def _names(self, path: Path, dataset: Path) -> dict[int, str]:
         """Names from the nearest `dseg.tsv` that applies, else from the label map's own JSON; else none."""
@@ -134,15 +174,29 @@ def _source(name: BidsName) -> tuple[str, ...]:
     return tuple(sorted(f"{key}-{value}" for key, value in name.entities.items() if key not in _DERIVED))
 
 
-def _structure(name: BidsName) -> str:
-    """What a mask shows: `label-lesion` → lesion, `desc-brain` → brain."""
-    return name.entities.get("label") or name.entities.get("desc") or _MASK
+def _structure(label: BidsName, image: BidsName) -> str:
+    """What a mask shows, less what it shares with its image: `hemi-L_label-amygdala` → amygdala L.
+
+    If it shares everything that could name it, it is named by that (`desc-brain_mask` of `desc-brain_T1w`).
+    """
+    said = [(key, label.entities[key]) for key in _NAMING if key in label.entities]
+    own = [value for key, value in said if image.entities.get(key) != value]
+    return " ".join(own or [value for _, value in said]) or _MASK
 
 
-def _may_be_on(label: BidsName, image: BidsName) -> bool:
-    """Whether the names of label map and image allow one grid: `space-T1w` is that of T1w images."""
-    space = label.entities.get("space")
-    return space in (None, "orig", image.suffix, image.entities.get("space"))
+def _agree(label: BidsName, image: BidsName) -> int:
+    """How far the names of label map and image allow one grid: `space-T1w` is that of T1w images.
+
+    A mask of one hemisphere is a structure of the whole image; a segmentation of one would call the other background.
+    """
+    if label.entities.get("space") not in (None, "orig", image.suffix, image.entities.get("space")):
+        return _SPACE
+    its, of_image = label.entities.get("hemi"), image.entities.get("hemi")
+    if its is None and of_image is not None:
+        return _NO_IMAGE
+    if its != of_image and (label.suffix == _DSEG or of_image is not None):
+        return _HEMISPHERE
+    return _OTHER_GRID
 
 
 def _grid(path: Path) -> _Grid | None:

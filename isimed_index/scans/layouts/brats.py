@@ -37,7 +37,7 @@ _NAMES: Mapping[str, Mapping[int, str]] = {
     "MEN": _NON_ENHANCING,
     "MET": _NON_ENHANCING,
 }
-_SPLITS = {"trainingdata": "train", "validationdata": "validation"}  # in the name of a folder above
+_SPLITS = {"trainingdata": "train", "validationdata": "validation"}  # in a folder's name, less - and _
 
 
 def is_root(folder: Path) -> bool:
@@ -104,9 +104,9 @@ def _file_of(files: Mapping[str, Path], stem: str) -> Path | None:
 
 
 def _split(case: Path) -> str | None:
-    """By the nearest folder above that says: `…BraTS2023-GLI-Challenge-TrainingData`, `…_ValidationData`."""
+    """By the nearest folder above that says: `…BraTS2023-GLI-Challenge-TrainingData`, `BraTS2021_Training_Data`."""
     for parent in case.resolve().parents:
-        folded = parent.name.lower()
+        folded = parent.name.lower().replace("_", "").replace("-", "")
         for word, split in _SPLITS.items():
             if word in folded:
                 return split

@@ -49,6 +49,13 @@ def read(root: Path, volume: int | None = None) -> Found:
             found.refuse(image.name, f"{INDEX} lists it, but it is not there", "download the data set again")
             continue
         case = stem(image)
+        if labels is not None and stem(labels) != case:
+            found.refuse(
+                image.name,
+                f"{INDEX} gives it the label map of another case: expected {case}, found {stem(labels)}",
+                f"mend {INDEX}, or name the label map as its image",
+            )
+            continue
         found.images.append(
             Image(
                 path=image,

@@ -16,6 +16,8 @@ from isimed_index.store.sql.wire import UNLOADED, Need, Request
 
 _COLUMNS_ONLY = "unused_columns"  # the optimizer that stays: others would see that a table is empty
 _SCAN = "SEQ_SCAN"
+_LIMIT = "STREAMING_LIMIT"  # one that keeps the order of the rows
+_MOST_ROWS = 1 << 40  # of a limit that says anything
 # Leaves of a plan that read no table. Any other, such as a function of DuckDB's catalogue, may tell of all of them.
 _LEAVES = {
     "DUMMY_SCAN",
@@ -46,7 +48,7 @@ def find(connection: Any, request: Request, large: list[str], bind: Callable[[],
     nodes = [node for root in roots for node in _walk(root)]
     if any(not node.get("children") and node["name"].strip() not in {_SCAN, *_LEAVES} for node in nodes):
         return everything
-    return {name: _need(name, names, roots, nodes) for name, names in columns.items()}
+    return {name: _need(name, names, nodes) for name, names in columns.items()}
 
 
 def replace(connection: Any, name: str, rows: pa.Table) -> None:
@@ -95,26 +97,29 @@ def _walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _walk(child)
 
 
-def _need(name: str, columns: list[str], roots: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> Need:
+def _need(name: str, columns: list[str], nodes: list[dict[str, Any]]) -> Need:
     scans = [node for node in nodes if _table(node) == name]
     if not scans:
         return Need(columns[:1], 0)
     read = {column for scan in scans for column in _listed(scan["extra_info"].get("Projections"))}
     chosen = [column for column in columns if column in read] or columns[:1]  # rows are counted by some column
-    first = [_first_rows(root, name) for root in roots] if len(scans) == 1 else []
-    return Need(chosen, next((count for count in first if count is not None), None))
+    return Need(chosen, _first_rows(nodes, name) if len(scans) == 1 else None)
 
 
-def _first_rows(root: dict[str, Any], name: str) -> int | None:
-    """How many of its first rows are enough, where a limit of constants stands over the one scan of the table."""
-    for node in _walk(root):
-        if node["name"].strip() != "STREAMING_LIMIT" or "Limit" not in node["extra_info"]:
+def _first_rows(nodes: list[dict[str, Any]], name: str) -> int | None:
+    """How many of its first rows are enough, where a limit of constants stands right over the one scan of the table.
+
+    It takes no more than that from the scan, whatever stands above it.
+    """
+    for node in nodes:
+        if node["name"].strip() != _LIMIT or "Limit" not in node["extra_info"] or len(node["children"]) != 1:
             continue
-        below = node
-        while below["name"].strip() in ("STREAMING_LIMIT", "PROJECTION") and len(below.get("children", ())) == 1:
+        [below] = node["children"]
+        while below["name"].strip() == "PROJECTION" and len(below["children"]) == 1:
             [below] = below["children"]
-        if _table(below) == name:
-            return int(node["extra_info"]["Limit"]) + int(node["extra_info"].get("Offset", 0))
+        rows = int(node["extra_info"]["Limit"]) + int(node["extra_info"].get("Offset", 0))
+        if _table(below) == name and rows < _MOST_ROWS:
+            return rows
     return None
 
 

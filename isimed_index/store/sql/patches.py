@@ -1,7 +1,7 @@
 """The views `patches` and `patch_labels`: rows of all segments, with row ids, and which labels they show.
 
-Up to a million rows they are one table, kept with the snapshot. More are read piece by piece, a few columns at a time:
-every query is then given what its plan reads of them and nothing else (see `needs`).
+Up to a quarter of a million patches they are one table, kept with the snapshot. More are read piece by piece, a few
+columns at a time: every query is then given what its plan reads of them and nothing else (see `needs`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from isimed_index.contracts import view_schema
 from isimed_index.errors import StoreDamaged
+from isimed_index.store.files import REPAIR
 from isimed_index.store.segment import LABEL_SHARES, Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql.sandbox import Large
@@ -45,14 +46,24 @@ def patches_view(snapshot: Snapshot) -> pa.Table | Large:
 
 def patch_labels_view(snapshot: Snapshot) -> pa.Table | Large:
     """All rows of `patch_labels`."""
-    segments = [segment for segment in snapshot.segments() if LABEL_SHARES in segment.patch_columns().names]
+    segments = [segment for segment in snapshot.segments() if tells_labels(segment)]
     if (rows := sum(segment.rows for segment in segments)) >= LARGE_ROWS:
         schema = view_schema("patch_labels")
-        return Large(schema, _LABELS_OF_A_PATCH * rows, lambda need: _batches(segments, need, _label_rows))
-    return _label_rows(segments, None)
+        return Large(schema, _LABELS_OF_A_PATCH * rows, lambda need: _batches(segments, need, label_rows))
+    return label_rows(segments, None)
 
 
-def _label_rows(segments: Sequence[Segment], columns: Sequence[str] | None) -> pa.Table:
+def tells_labels(segment: Segment) -> bool:
+    """Whether a segment holds rows of `patch_labels`: its scan had a label map."""
+    columns = segment.patch_columns()
+    if LABEL_SHARES not in columns.names:
+        return False
+    if not pa.types.is_map(found := columns.field(LABEL_SHARES).type):
+        raise StoreDamaged(f"the column {LABEL_SHARES} of a segment is {found}, expected a map", next_step=REPAIR)
+    return True
+
+
+def label_rows(segments: Sequence[Segment], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of `patch_labels` that some segments hold: patch after patch, label after label."""
     schema = view_schema("patch_labels")
     pieces = [schema.empty_table()]

@@ -30,6 +30,7 @@ from isimed_index.store.sql.wire import Need, Refusal, Request
 
 _KEPT = 2  # idle engines a process keeps for its next questions
 _START = "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.store.sql.engine import serve; serve()"
+_GUESSED_WIDTH = 32
 _LOADED_SHARE = 0.7  # of the memory that is free: what the columns of large tables may take
 
 
@@ -177,8 +178,14 @@ def _narrow(field: pa.Field) -> pa.Field:
 
 def _bytes(table: Large, need: Need) -> int:
     rows = table.rows if need.rows is None else min(table.rows, need.rows)
-    widths = (_narrow(table.schema.field(name)).type for name in need.columns)
-    return rows * sum(4 if pa.types.is_dictionary(kind) else (kind.bit_width + 7) // 8 for kind in widths)
+    return rows * sum(_width(_narrow(table.schema.field(name)).type) for name in need.columns)
+
+
+def _width(kind: pa.DataType) -> int:
+    """Bytes of a value; of what has no fixed width, a guess."""
+    if pa.types.is_dictionary(kind):
+        return 4
+    return (kind.bit_width + 7) // 8 if pa.types.is_primitive(kind) else _GUESSED_WIDTH
 
 
 def _free_bytes() -> int:

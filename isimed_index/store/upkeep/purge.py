@@ -5,9 +5,9 @@
 
 Packed segments that hold rows of the subject, or rows of nobody, are written anew without them; frames and indexes that
 were made with them, or may have been, are dropped, and `isimed index` makes them again. So is a mean image that their
-voxels are averaged in, with all transforms to it: `isimed register` makes these again. A purge that fails or is cut
-short at any point is finished by running it again: until the proof is done, a record in `tmp/` (see `unfinished`) tells
-what has to be gone.
+voxels are averaged in, or an atlas that is a scan of theirs, with all transforms to it: `isimed register` makes these
+again. A purge that fails or is cut short at any point is finished by running it again: until the proof is done, a
+record in `tmp/` (see `unfinished`) tells what has to be gone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from isimed_index.store.upkeep.collect import bring_back, collect, notes_of
 from isimed_index.store.upkeep.compact import pack
 from isimed_index.store.upkeep.delete import without_scans
 from isimed_index.store.upkeep.proof import forget_copies, history_of, prove, words_of
-from isimed_index.store.upkeep.traces import Traces
+from isimed_index.store.upkeep.traces import Traces, voxels_averaged
 from isimed_index.store.upkeep.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -316,5 +316,11 @@ def _remains(storage: Storage, now: Snapshot) -> Sequence[str]:
         f"{encoders} encoders: their weights hold no rows and no voxels, but may have been learned from the subject's "
         "scans; isimed delete --encoder removes one"
     )
+    atlases = sum(voxels_averaged(storage, made) == set() for made in now.artefacts("reference"))
+    atlas = (
+        f"{atlases} atlases that isimed register --to read from files: none has the content of a stored scan of the "
+        "subject, but what was stored at another spacing (isimed add --spacing) has other content than its file; where "
+        "an atlas shows the subject, isimed add its file without --spacing as theirs, then run isimed purge again"
+    )
     bucket = () if isinstance(storage, LocalStorage) else _BUCKET
-    return [*((learned,) if encoders else ()), *bucket, *_ELSEWHERE]
+    return [*((learned,) if encoders else ()), *((atlas,) if atlases else ()), *bucket, *_ELSEWHERE]

@@ -131,13 +131,21 @@ class Traces:
             return not _within(covers[:, 0], covers[:, 1], theirs)
         if made.kind == "reference":
             sources = voxels_averaged(storage, made)
-            return sources is None or not sources <= self.their_voxels
+            return self._shown_in(made) or sources is None or not sources <= self.their_voxels
         parts = [part for entry in entries if made.kind == "segment" for part in parts_of(entry)]
         if any(part["scan_artefact"] not in self.their_voxels for part in parts):
             return True
         if made.kind in ("table", "frame") or (made.kind == "segment" and "parts" in made.fields):
             return self._in_rows(storage, made, theirs)
         return False
+
+    def _shown_in(self, reference: Artefact) -> bool:
+        """Whether a reference is an atlas that is a scan of the subject, stored before it was registered to or since.
+
+        `made_from` names the voxels that were stored then; the id of an atlas begins the digest of its file's content.
+        """
+        told = str(reference.fields["reference"])
+        return any(digest.startswith(told) for digest in self.digests - self.shared)
 
     def _in_rows(self, storage: Storage, made: Artefact, theirs: NDArray[np.int64]) -> bool:
         import pyarrow as pa
@@ -159,10 +167,13 @@ class Traces:
         except (OSError, ValueError, KeyError, EOFError, pa.ArrowException):
             return True
         piece = read_piece(storage, made)
-        if piece is None or "subject" not in piece.column_names:
-            columns = SCAN_COLUMNS.get(made.fields["table"], ())
-            return piece is None or any(self._not_theirs(_texts(piece, name), self.own) for name in columns)
-        return bool(_split(piece, self.subject)[0].num_rows)
+        if piece is None:
+            return True
+        name = made.fields["table"]  # a row of `scans` says whose it is, and its id may have been the subject's before
+        columns = SCAN_COLUMNS.get(name, ()) if name != "scans" else ()
+        if any(self._not_theirs(_texts(piece, column), self.own) for column in columns):
+            return True
+        return "subject" in piece.column_names and bool(_split(piece, self.subject)[0].num_rows)
 
     def _not_theirs(self, scans: Set[str], ours: Set[str]) -> bool:
         return not scans <= self.their_scans or bool(scans & ours)
