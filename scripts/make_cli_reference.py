@@ -41,7 +41,7 @@ An error is one line, `error[kind]: what, where. Next: what to do.`, and an exit
 | 13 | incompatible encoder or format |
 | 14 | recall below the target |
 | 15 | `check --phi`: something may identify a patient |
-| 130 | interrupted, and resumable: run the same command again |
+| 130 | interrupted, and resumable: run the same command again (`pretrain`: with `--resume`) |
 """
 
 

@@ -374,3 +374,9 @@ class TestMetadata:
         with pytest.raises(UsageError, match="another type"):
             store.add(tmp_path / "c.nii", metadata=table(tmp_path / "3.csv", "scan,score\nc,high\n"))
         assert store.scans().num_rows == 2
+
+
+def test_a_missing_label_map_is_named_as_it_was_asked_for(tmp_path: Path):
+    tiny_scan(tmp_path / "in" / "a.nii")
+    done = isi.create(tmp_path / "store").add(tmp_path / "in", labels="../seg/{stem}.nii")
+    assert done.refused[0].reason == "its label map ../seg/a.nii does not exist"

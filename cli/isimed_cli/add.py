@@ -88,8 +88,8 @@ def add(
     """
     from isimed_cli.batch import added_groups, end_batch, list_refusals, pictures_for, show_batch, write_added_report
 
-    store = session.open_or_create()
     with pictures_for(report) as thumbnails:
+        store = session.open_or_create()
         with session.progress() as progress:
             done = store.add(
                 paths,

@@ -265,7 +265,8 @@ def _run(function: Callable[..., None], shared: dict[str, Any], own: dict[str, A
     except IsimedError as error:
         _fail(session, error.line(), error.exit_code)
     except KeyboardInterrupt:
-        line = "error[interrupted]: stopped before the end; what was committed stays. Next: run the same command again"
+        again = "run the same command again (pretrain: with --resume)"
+        line = f"error[interrupted]: stopped before the end; what was committed stays. Next: {again}"
         _fail(session, line, INTERRUPTED)
     except BrokenPipeError:
         raise typer.Exit(0) from None  # the reader left (`| head`): it has what it wanted

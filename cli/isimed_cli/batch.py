@@ -70,8 +70,10 @@ def write_report(path: Path | None, groups: Mapping[str, Any], refused: Sequence
 @contextmanager
 def pictures_for(report: Path | None) -> Iterator[Path | None]:
     """A folder for pictures of scans while a report that shows them is made; None for other reports."""
-    from isimed_index.report.added import PAGE
+    from isimed_index.report.added import PAGE, check_target
 
+    if report is not None:
+        check_target(report)
     if report is None or report.suffix.lower() not in PAGE:
         yield None
         return

@@ -35,7 +35,12 @@ def pretrain(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", exists=True, help="Fields that replace the preset's.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Passes over the scans.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Epochs, of as many steps as the preset or steps_per_epoch in --config says."
+        ),
+    ] = None,
     batch_scans: Annotated[int | None, typer.Option(metavar="N", min=1, help="Scans in a batch.")] = None,
     patches_per_scan: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Random patches of each scan in a batch.")

@@ -20,7 +20,7 @@ from isimed_index.ingest.choose import Chosen
 from isimed_index.ingest.options import AddOptions
 from isimed_index.ingest.report import Facts
 from isimed_index.scans.allowed import COLUMNS
-from isimed_index.scans.discover import is_text, label_path
+from isimed_index.scans.discover import is_text, label_path, stem
 from isimed_index.scans.label_files import read_label_files
 from isimed_index.scans.prepare import resample
 from isimed_index.scans.read import read_labels, read_scan, read_series
@@ -149,8 +149,9 @@ def _read(file: Chosen, options: AddOptions, names: Mapping[int, str]) -> Read |
         if options.labels:
             beside = label_path(file.path, options.labels)
             if not beside.exists():
+                tried = options.labels.replace("{stem}", stem(file.path))
                 raise ScanRefused(
-                    f"its label map {beside.name} does not exist",
+                    f"its label map {tried} does not exist",
                     next_step="add it without --labels, or mend the pattern",
                 )
             labels = read_labels(beside, scan, names, options.analyze_axes)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from isimed_index.errors import UsageError
 from isimed_index.ingest.report import AddReport, FileOutcome, Refusal
 
 PAGE = (".html", ".htm")
@@ -46,8 +47,16 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _ROWS_A_BODY = 100  # what a browser lays out at once
 
 
+def check_target(path: Path) -> None:
+    """`UsageError` unless a report can be written under this name."""
+    if path.suffix.lower() not in (".csv", ".json", *PAGE):
+        raise UsageError(
+            f"expected a report that ends in .json, .csv or .html, found {path.name}", next_step="name it so"
+        )
+
+
 def write_added(report: AddReport, path: Path, thumbnails: Path | None = None) -> None:
-    """Write the report as .csv, as a page (.html, with the pictures in the folder `thumbnails`), or else as JSON.
+    """Write the report as .csv, as a page (.html, with the pictures in the folder `thumbnails`), or as JSON.
 
     Raises `OSError` when the file cannot be written.
     """

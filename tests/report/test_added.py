@@ -166,3 +166,13 @@ def test_ten_thousand_rows_come_in_pieces_that_a_browser_lays_out_when_seen(tmp_
     assert sum(line.startswith("<tbody") for line in lines) == 100
     assert any("content-visibility: auto" in line for line in lines)
     assert "<td>4 × 5 × 6</td><td>1 × 2 × 3</td><td>LPS</td><td>CT</td><td>DICOM</td><td>-1000 … 2000</td>" in lines[-3]
+
+
+def test_a_report_of_another_kind_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    wrong = ["add", str(tmp_path / "in"), "-s", str(tmp_path / "store"), "--report", str(tmp_path / "out.txt")]
+    assert main(wrong) == 2
+    assert "ends in .json, .csv or .html, found out.txt" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
