@@ -343,6 +343,7 @@ SEEDS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
 def test_a_listed_identifier_is_found_wherever_it_is_and_not_repeated(store: Path, seed: str):
     where, plant = SEEDS[seed]
     targets = sorted(store.glob(where)) or [store / where]
+    targets[-1].parent.mkdir(exist_ok=True)  # a checkout has no empty folders
     plant(targets[-1], NAME)
     seen = found(store)
     ours = [finding for finding in seen if finding.kind == "phi_identifier"]
