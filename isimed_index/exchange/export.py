@@ -30,7 +30,7 @@ from isimed_index.exchange.folder import Exported, becoming, write_seal
 from isimed_index.lattice import ScanGeometry, read_geometry
 from isimed_index.progress import Progress, Silent
 from isimed_index.store.files import CARD, WEIGHTS
-from isimed_index.store.segment import LABEL_SHARES, PATCHES, Segment
+from isimed_index.store.segment import LABEL_SHARES, PATCHES, Segment, groups
 from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot, StoredTable
 from isimed_index.store.sql.patches import label_rows, patch_rows, tells_labels
 
@@ -279,7 +279,7 @@ def _database_tables(chosen: Selection, vectors: bool, progress: Progress) -> It
     yield "patches", schema.empty_table()
     yield "patch_labels", view_schema("patch_labels").empty_table()
     for made in chosen.encoders:
-        for some in _groups(made.segments):
+        for some in groups(made.segments, _ROWS_AT_ONCE):
             yield "patches", shaped(patch_rows(chosen.snapshot, some), schema)
             yield "patch_labels", label_rows([segment for segment in some if tells_labels(segment)])
     for made in chosen.encoders if vectors else ():
@@ -289,18 +289,6 @@ def _database_tables(chosen: Selection, vectors: bool, progress: Progress) -> It
             yield f"vectors_{made.id}", pa.table({"patch": segment.row_ids, **arrays})
             progress.advance(1)
         progress.finish()
-
-
-def _groups(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Segments in groups of about `_ROWS_AT_ONCE` rows."""
-    group: list[Segment] = []
-    for segment in segments:
-        group.append(segment)
-        if sum(one.rows for one in group) >= _ROWS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _sealed(chosen: Selection, folder: Path, layout: str, **more: Any) -> Exported:

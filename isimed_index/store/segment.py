@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,6 +235,18 @@ def parts_of(artefact: Artefact) -> Sequence[Mapping[str, Any]]:
 def part_keys(artefact: Artefact) -> list[str]:
     """By what tombstones name the parts of a segment artefact: their first row ids, which outlive packing."""
     return [str(part["first_row_id"]) for part in parts_of(artefact)]
+
+
+def groups(segments: Sequence[Segment], patches: int) -> Iterator[list[Segment]]:
+    """Segments in their order, so many together that they have at least so many patches."""
+    some: list[Segment] = []
+    for segment in segments:
+        some.append(segment)
+        if sum(piece.rows for piece in some) >= patches:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def write_segment(directory: Path, patches: pa.Table, outputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

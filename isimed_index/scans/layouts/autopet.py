@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 
-from isimed_index.errors import UsageError
 from isimed_index.scans.allowed import years
+from isimed_index.scans.layouts.documents import read_facts
 from isimed_index.scans.layouts.found import Found, Image, LabelFiles
-from isimed_index.scans.tables import Value, cell, column_name, read_table
+from isimed_index.scans.tables import Value, cell, column_name
 from isimed_index.scans.vocabulary import sex
 
 _PATIENT = re.compile(r"PETCT_[0-9a-f]{10}", re.ASCII)
@@ -92,10 +92,7 @@ def _metadata(root: Path, found: Found) -> Mapping[tuple[str, str], dict[str, Va
     path = next((where / _TABLE for where in (root, root.resolve().parent) if (where / _TABLE).is_file()), None)
     if path is None:
         return {}
-    try:
-        table = read_table(path, "the metadata table")
-    except UsageError as error:
-        found.notes.append(f"{error.message}; diagnoses, ages and sexes are not known")
+    if (table := read_facts(path, found, "diagnoses, ages and sexes are not known")) is None:
         return {}
     columns = {column_name(column): column for column in table.columns}
     rows: dict[tuple[str, str], dict[str, Value]] = {}

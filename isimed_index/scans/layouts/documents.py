@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from isimed_index.errors import UsageError
+from isimed_index.scans.layouts.found import Found
+from isimed_index.scans.tables import TextTable, read_table
+
 _MOST_BYTES = 64 << 20
 
 
@@ -27,3 +31,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_facts(path: Path, found: Found, lost: str) -> TextTable | None:
+    """The metadata table of a data set; None when it is unsound, with a note that says what is `lost` by that."""
+    try:
+        return read_table(path, "the metadata table")
+    except UsageError as error:
+        found.notes.append(f"{error.message}; {lost}")
+        return None

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from isimed_index.errors import UsageError
 from isimed_index.scans import vocabulary
 from isimed_index.scans.allowed import years
+from isimed_index.scans.layouts.documents import read_facts
 from isimed_index.scans.layouts.found import Found, Image, LabelFiles, some
 from isimed_index.scans.layouts.totalsegmentator_classes import CLASS_LISTS
-from isimed_index.scans.tables import Value, cell, column_name, plain_number, read_table
+from isimed_index.scans.tables import Value, cell, column_name, plain_number
 
 _CASE = re.compile(r"s\d{4}", re.ASCII)
 _IMAGES = {"ct": "CT", "mri": "MR"}  # file → modality
@@ -110,10 +110,7 @@ def _metadata(root: Path, found: Found) -> Mapping[str, dict[str, Value]]:
     path = (at.parent if _CASE.fullmatch(at.name) else at) / _TABLE
     if not path.is_file():
         return {}
-    try:
-        table = read_table(path, "the metadata table")
-    except UsageError as error:
-        found.notes.append(f"{error.message}; splits, ages and sexes are not known")
+    if (table := read_facts(path, found, "splits, ages and sexes are not known")) is None:
         return {}
     columns = {column_name(column): column for column in table.columns}
     rows: dict[str, dict[str, Value]] = {}

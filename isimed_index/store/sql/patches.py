@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from isimed_index.contracts import view_schema
 from isimed_index.errors import StoreDamaged
 from isimed_index.store.files import REPAIR
-from isimed_index.store.segment import LABEL_SHARES, Segment
+from isimed_index.store.segment import LABEL_SHARES, Segment, groups
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql.sandbox import Large
 from isimed_index.store.sql.wire import Need
@@ -135,23 +135,11 @@ def _schema(segments: Sequence[Segment]) -> pa.Schema:
 def _batches(segments: Sequence[Segment], need: Need, rows: Rows) -> Iterator[pa.RecordBatch]:
     """Some columns of the rows of segments, in their order; of the first rows only, where these are enough."""
     left = need.rows
-    for some in _groups(segments, LARGE_ROWS if left is None else min(left, LARGE_ROWS)):
+    for some in groups(segments, LARGE_ROWS if left is None else min(left, LARGE_ROWS)):
         piece = rows(some, need.columns).slice(0, left)
         yield from piece.combine_chunks().to_batches()
         if left is not None and (left := left - piece.num_rows) == 0:
             return
-
-
-def _groups(segments: Sequence[Segment], patches: int) -> Iterator[list[Segment]]:
-    """Segments in their order, so many together that they have at least so many patches."""
-    some: list[Segment] = []
-    for segment in segments:
-        some.append(segment)
-        if sum(piece.rows for piece in some) >= patches:
-            yield some
-            some = []
-    if some:
-        yield some
 
 
 def _canonical(rows: pa.Table, charts: NDArray[np.float64], counts: Sequence[int]) -> dict[str, pa.Array]:
