@@ -340,7 +340,7 @@ def test_sql_joins_transforms_and_labels(registered: Path):
 
 def test_the_query_of_the_page_gives_each_scan_once(mine: Store):
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "register.md").read_text(encoding="utf-8")
-    frames, labels = (block.split("```")[0] for block in page.split("```sql\n")[1:])
+    frames, labels, unclear = (block.split("```")[0] for block in page.split("```sql\n")[1:])
     there = mine.snapshot.table("transforms")
     example = "b6be4b7f95b0"
     names = {"reference": (example, "0123456789ab"), "kind": ("rigid", "affine")}
@@ -355,6 +355,8 @@ def test_the_query_of_the_page_gives_each_scan_once(mine: Store):
         transaction.commit(lambda head: Proposal(tables={"transforms": table}))
     mine.refresh()
     assert mine.sql(frames).num_rows == 1 + 4
+    gains = [row["metric_after"] - row["metric_before"] for row in there.to_pylist() + more]
+    assert mine.sql(unclear).num_rows == sum(gain < 0.05 for gain in gains)
     found = mine.sql(labels).to_pylist()
     assert sorted(row["scan"] for row in found) == sorted(copy.stem for copy in HEADS)
     for row in found:
