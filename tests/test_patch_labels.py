@@ -6,16 +6,18 @@ import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cohorts import SPACING_MM, Cohort, add_random_encoder, write_nifti
+from numpy.typing import NDArray
 
 import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.scans.chunks import open_chunks
 from isimed_index.scans.prepare import resample_labels
-from isimed_index.space import apply_affine, inverse
+from isimed_index.space import Affine, apply_affine, inverse
 from isimed_index.store.sql import patches
 
 
@@ -27,12 +29,15 @@ def store(cohort: Cohort, tmp_path: Path) -> Store:
 
 def counted(store: Store) -> Iterator[tuple[int, int, float]]:
     """Every patch's labels, voxel by voxel in patient mm: the scans of this cohort have the encoder's spacing."""
+    maps: dict[str, tuple[NDArray[Any] | None, Affine]] = {}
     for row in store.sql("SELECT patch, scan, x_mm, y_mm, z_mm FROM patches ORDER BY patch").to_pylist():
-        stored = open_chunks(store.snapshot.chunks_path(row["scan"]))
-        labels = stored.labels()
+        if row["scan"] not in maps:
+            stored = open_chunks(store.snapshot.chunks_path(row["scan"]))
+            maps[row["scan"]] = stored.labels(), inverse(stored.affine)
+        labels, to_voxel = maps[row["scan"]]
         if labels is None:
             continue
-        centre = apply_affine(inverse(stored.affine), [row["x_mm"], row["y_mm"], row["z_mm"]])
+        centre = apply_affine(to_voxel, [row["x_mm"], row["y_mm"], row["z_mm"]])
         first = np.rint(centre - (32 - 1) / 2).astype(int)
         box = tuple(slice(max(0, start), max(0, start + 32)) for start in first)
         found, counts = np.unique(labels[box], return_counts=True)
