@@ -37,13 +37,13 @@ from scipy import ndimage
 
 import isimed_index as isi
 from isimed_index.progress import Silent
-from isimed_index.scans import chunks
+from isimed_index.scans import arrays, chunks
 from isimed_index.scans.scan import Scan
 
 ONE_CORE = "1 of one codec thread"
 MEMORY_SCANS = 200
 SHAPES = {"nifti_gz": (256, 256, 160), "nifti": (256, 256, 160), "dicom": (512, 512, 60)}
-FILES = {"nifti_gz": 32, "nifti": 32, "dicom": 24}
+FILES = {"nifti_gz": 32, "nifti": 96, "dicom": 48}
 
 
 def volume(shape: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -126,13 +126,13 @@ def ceiling(paths: list[Path], out: Path) -> None:
     """Decode and write; nothing else."""
     for number, path in enumerate(paths):
         voxels = decoded(path)
-        shards = tuple(min(chunks._SHARD, chunks._CHUNK * -(-n // chunks._CHUNK)) for n in voxels.shape)
+        shards = tuple(min(arrays.SHARD, arrays.CHUNK * -(-n // arrays.CHUNK)) for n in voxels.shape)
         group = zarr.create_group(store=zarr.storage.LocalStore(out / str(number)))
         array = group.create_array(
             "0",
             shape=voxels.shape,
             dtype=voxels.dtype,
-            chunks=(chunks._CHUNK,) * 3,
+            chunks=(arrays.CHUNK,) * 3,
             shards=shards,
             compressors=codecs(),
         )

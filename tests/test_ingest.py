@@ -39,6 +39,9 @@ class TestAdd:
         again = store.add([tmp_path / "in", renamed])
         assert (again.added, again.unchanged) == ([], ["s0", "s1", "s2", "s1"])
         assert store.generation == generation
+        (note,) = again.notes  # of the one whose name does not say it
+        assert note.endswith("stored under another name, and are counted as unchanged: renamed.nii is s1")
+        assert note.startswith("1 files ")
 
     def test_twice_the_same_content_in_one_batch_is_one_scan(self, store: Store, tmp_path: Path):
         tiny_scan(tmp_path / "old" / "x.nii", 0)

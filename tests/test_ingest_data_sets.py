@@ -112,11 +112,36 @@ class TestBids:
         assert found["sub-01_ses-1_T1w"] == ("sub-01", "ses-1", None)
         assert {"raw", "sub-02_space-orig_dseg", "sub-02_task-rest_bold"} <= found.keys()
 
-    def test_side_cars_of_a_4d_series_with_one_volume(self, store: Store, data: Path):
+    def with_a_series(self, data: Path) -> Path:
+        """The data set, whose functional image has three volumes."""
         bold = bids(data) / "sub-02" / "func" / "sub-02_task-rest_bold.nii.gz"
         voxels = np.random.default_rng(0).integers(0, 99, (6, 6, 6, 3)).astype(np.int16)
         nib.save(nib.Nifti1Image(voxels, AFFINE), bold)
+        return data
+
+    def test_side_cars_of_a_4d_series_with_one_volume(self, store: Store, data: Path):
+        self.with_a_series(data)
         assert "sub-02_task-rest_bold_vol-1" in store.add(data, volume=1).added
+
+    def test_a_number_of_a_volume_is_for_the_files_with_several(self, store: Store, data: Path):
+        report = store.add(self.with_a_series(data), volume=1)
+        assert report.refused == []
+        assert sorted(report.added) == [
+            "sub-01_ses-1_T1w",
+            "sub-01_ses-2_T1w",
+            "sub-02_T1w",
+            "sub-02_T2w",
+            "sub-02_task-rest_bold_vol-1",
+        ]
+        assert labels_of(store, "sub-02_T1w") == {"Gray Matter": 1, "White Matter": 2}
+        assert store.sql("SELECT scan FROM scans WHERE volume IS NOT NULL").to_pylist() == [
+            {"scan": "sub-02_task-rest_bold_vol-1"}
+        ]
+
+    def test_a_number_that_no_volume_has_is_refused(self, store: Store, data: Path):
+        report = store.add(self.with_a_series(data), volume=99)
+        assert len(report.added) == 4
+        assert ["there is no volume 99" in refusal.reason for refusal in report.refused] == [True]
 
     def test_labels_by_a_pattern_go_before_those_of_the_data_set(self, store: Store, data: Path):
         root = bids(data)

@@ -17,7 +17,7 @@ from dicoms import noise, write_series
 
 import isimed_index as isi
 from isimed_index.api import Store
-from isimed_index.errors import IsimedError, StoreFull
+from isimed_index.errors import IsimedError, StoreFull, UsageError
 from isimed_index.ingest import crew
 from isimed_index.report.added import to_json
 
@@ -158,6 +158,51 @@ def test_workers_that_do_not_start_are_no_refusal_of_files(
 def test_one_file_needs_no_process(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crew, "_START", "raise SystemExit(3)")
     assert store.add(tiny_scan(tmp_path / "s.nii"), workers=8).added == ["s"]
+
+
+def test_a_folder_of_one_file_has_no_use_for_those_that_were_started(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(crew, "_START", "import time; time.sleep(600)  # ingest.worker")
+    tiny_scan(tmp_path / "in" / "s.nii")
+    assert store.add(tmp_path / "in", workers=3).added == ["s"]
+    assert not workers_of(psutil.Process())
+
+
+def test_workers_are_ended_when_there_is_nothing_for_them(store: Store, tmp_path: Path):
+    tiny_scan(tmp_path / "in" / "s.nii")
+    with pytest.raises(UsageError, match="no group"):
+        store.add(tmp_path / "in", workers=2, subject_from="s")
+    assert not workers_of(psutil.Process())
+    (tmp_path / "empty").mkdir()
+    assert store.add([tmp_path / "empty"], workers=2).added == []
+    assert not workers_of(psutil.Process())
+
+
+def test_more_workers_than_files_share_the_cores_as_so_few_would(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those that were started for a larger crew have fewer threads: others take their place."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    seen = tmp_path / "threads"
+    script = (
+        f"import os; open({str(seen)!r}, 'a').write(os.environ['ZARR_THREADING__MAX_WORKERS'] + ' ')\n{crew._START}"
+    )
+    monkeypatch.setattr(crew, "_START", script)
+    for seed in range(2):
+        tiny_scan(tmp_path / "in" / f"s{seed}.nii", seed)
+    assert store.add(tmp_path / "in", workers=8).added == ["s0", "s1"]
+    assert seen.read_text().split().count("4") == 2
+
+
+def test_a_worker_loads_no_more_than_it_uses():
+    script = (
+        "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.ingest.worker import _load; _load()\n"
+        "print(*[name for name in ('pydicom', 'zarr', 'torch', 'gdcm', 'requests') if sys.modules.get(name)])\n"
+        "import pydicom.pixels; print('nibabel' in sys.modules, hasattr(pydicom, 'dcmread'))"
+    )
+    out = subprocess.run([sys.executable, "-I", "-c", script, *sys.path], check=True, capture_output=True, text=True)
+    assert out.stdout == "\nTrue True\n"
 
 
 @pytest.fixture

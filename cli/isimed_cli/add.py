@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,28 +87,29 @@ def add(
     rest of the batch lands. Makes the store if there is none.
     """
     from isimed_cli.batch import added_groups, end_batch, list_refusals, pictures_for, show_batch, write_added_report
+    from isimed_index.ingest.options import AddOptions, check_usage
 
+    given: dict[str, Any] = {
+        "labels": labels,
+        "label_names": label_names,
+        "metadata": metadata,
+        "layout": layout,
+        "subject_from": subject_from,
+        "spacing_mm": spacing,
+        "workers": workers,
+        "surrogate_key": surrogate_key,
+        "volume": volume,
+        "analyze_axes": analyze_axes,
+        "surrogate_ids": surrogate_ids,
+        "keep_source": keep_source,
+        "allow_burned_in": allow_burned_in,
+    }
+    # Before there is a store: what was asked wrongly must not leave a new one behind.
+    check_usage(paths, AddOptions(**given | {"metadata": tuple(metadata or ())}))
     with pictures_for(report) as thumbnails:
         store = session.open_or_create()
         with session.progress() as progress:
-            done = store.add(
-                paths,
-                labels=labels,
-                label_names=label_names,
-                metadata=metadata,
-                layout=layout,
-                subject_from=subject_from,
-                spacing_mm=spacing,
-                workers=workers,
-                progress=progress,
-                surrogate_key=surrogate_key,
-                thumbnails=thumbnails,
-                volume=volume,
-                analyze_axes=analyze_axes,
-                surrogate_ids=surrogate_ids,
-                keep_source=keep_source,
-                allow_burned_in=allow_burned_in,
-            )
+            done = store.add(paths, progress=progress, thumbnails=thumbnails, **given)
         try:
             write_added_report(report, done, thumbnails)
         except OSError:

@@ -12,11 +12,11 @@ from pathlib import Path
 from isimed_index.errors import ScanRefused
 from isimed_index.ingest.agree import agreeing
 from isimed_index.ingest.choose import Chosen, choose
-from isimed_index.ingest.crew import Crew, Outcome
+from isimed_index.ingest.crew import Crew, Early, Outcome
 from isimed_index.ingest.hide import hide
-from isimed_index.ingest.late import commit_late, labels_of, late_labels, late_metadata
+from isimed_index.ingest.late import commit_late, labels_of, late_labels, late_metadata, may_be_called
 from isimed_index.ingest.options import AddOptions
-from isimed_index.ingest.report import AddReport, FileOutcome, Refusal
+from isimed_index.ingest.report import AddReport, FileOutcome, Refusal, shown_name
 from isimed_index.ingest.rows import digests, overlaps, proposal, unnamed
 from isimed_index.ingest.take import Job, Staged, Taken
 from isimed_index.progress import Progress, Silent
@@ -49,33 +49,39 @@ def add(
     names = read_label_names(options.label_names) if options.label_names else {}
     metadata = read_metadata(options.metadata)
     report = AddReport()
-    chosen = hide(choose(paths, options, report, repository.path, progress), options, repository.path)
-    head = repository.pin()
-    chosen = agreeing(chosen, metadata, head, report)
-    report.files.extend(map(FileOutcome.refused, report.refused))
-    keeper = _Keeper(report, metadata, head)
-    job, workers = Job(options, names), min(options.workers, len(chosen) or 1)
-    progress.start("add", len(chosen), "scans")
-    speed = _Speed()
-    with (
-        repository.transaction("add") as transaction,
-        ThreadPoolExecutor(_SEALERS, thread_name_prefix="seal") as sealers,
-        Crew(job, workers, digests(head), partial(transaction.stage, "scan")) as crew,
-    ):
-        batch: list[_Entry] = []
-        for file, outcome in crew.each(chosen):
-            sealed = None
-            if isinstance(outcome, Taken) and outcome.folder is not None:
-                sealed = sealers.submit(transaction.add, "scan", outcome.folder)
-            batch.append(_Entry(file, outcome, sealed))
-            progress.advance(1, speed.after(outcome))
-            if len(batch) == BATCH:
-                keeper.commit(transaction, batch)
-                batch = []
-        keeper.commit(transaction, batch)
+    with Early(_most_workers(paths, options)) as early:
+        chosen = hide(choose(paths, options, report, repository.path, progress), options, repository.path)
+        head = repository.pin()
+        chosen = agreeing(chosen, metadata, head, report)
+        report.files.extend(map(FileOutcome.refused, report.refused))
+        keeper = _Keeper(report, metadata, head)
+        job, workers = Job(options, names), min(options.workers, len(chosen) or 1)
+        progress.start("add", len(chosen), "scans")
+        speed = _Speed()
+        with (
+            repository.transaction("add") as transaction,
+            ThreadPoolExecutor(_SEALERS, thread_name_prefix="seal") as sealers,
+            Crew(job, workers, digests(head), partial(transaction.stage, "scan"), early) as crew,
+        ):
+            batch: list[_Entry] = []
+            for file, outcome in crew.each(chosen):
+                sealed = None
+                if isinstance(outcome, Taken) and outcome.folder is not None:
+                    sealed = sealers.submit(transaction.add, "scan", outcome.folder)
+                batch.append(_Entry(file, outcome, sealed))
+                progress.advance(1, speed.after(outcome))
+                if len(batch) == BATCH:
+                    keeper.commit(transaction, batch)
+                    batch = []
+            keeper.commit(transaction, batch)
     keeper.note_rest()
     progress.finish()
     return report
+
+
+def _most_workers(paths: Sequence[Path], options: AddOptions) -> int:
+    """How many workers there can be use for, before it is known how many files there are."""
+    return options.workers if any(path.is_dir() for path in paths) else min(options.workers, len(paths))
 
 
 class _Keeper:
@@ -88,6 +94,7 @@ class _Keeper:
         self._scans = digests(head)  # scan id by digest
         self._overlaps: list[int] = []  # voxels, of each new scan whose masks overlap
         self._completed: set[str] = set()  # stored scans that got metadata
+        self._copies: list[str] = []  # files whose content is a scan of another name, which is told
 
     def commit(self, transaction: Transaction, batch: Sequence[_Entry]) -> None:
         """Add what is new of a batch in one generation; nothing new makes none."""
@@ -112,6 +119,11 @@ class _Keeper:
 
     def note_rest(self) -> None:
         """Say what is only known once all is done."""
+        if self._copies:
+            self._report.notes.append(
+                f"{len(self._copies)} files hold what is stored under another name, and are counted as unchanged: "
+                f"{some(self._copies)}"
+            )
         if self._completed:
             self._report.notes.append(
                 f"{len(self._completed)} scans that are stored already got metadata that they did not have: "
@@ -149,11 +161,14 @@ class _Keeper:
             report.files.append(FileOutcome.refused(refusal))
             return
         scan = self._scans[taken.digest]
+        name = file.name if file.series or file.hidden else file.shown
         (report.added if is_new else report.unchanged).append(scan)
+        if not is_new and not may_be_called(file, scan):
+            self._copies.append(f"{shown_name(name)} is {scan}")
         report.refused.extend(late)
         report.files.append(
             FileOutcome(
-                name=file.name if file.series or file.hidden else file.shown,
+                name=name,
                 outcome="added" if is_new else "unchanged",
                 scan=scan,
                 refusal=late[0] if late else None,

@@ -34,6 +34,32 @@ _KILLED = (-signal.SIGKILL, -signal.SIGABRT)  # the kernel out of memory; C++ ou
 Outcome = Taken | ScanRefused
 
 
+class Early:
+    """Processes of workers that load their libraries while the files are still being looked for.
+
+    To be used as a context manager, which ends those that no crew took over. One worker needs none.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Early:
+        if self._workers > 1:
+            self._processes.extend(_started(self._workers) for _ in range(self._workers))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            _reap(process)
+
+    def handed_over(self, workers: int) -> subprocess.Popen[bytes] | None:
+        """One process, which is the taker's to end; none for a crew of another size, whose share of cores differs."""
+        return self._processes.pop() if self._processes and workers == self._workers else None
+
+
 class Crew:
     """Takes files in any order and tells of them in theirs; to be used as a context manager.
 
@@ -41,7 +67,9 @@ class Crew:
     written, however many workers there are.
     """
 
-    def __init__(self, job: Job, workers: int, known: Collection[str], stage: Callable[[], Path]) -> None:
+    def __init__(
+        self, job: Job, workers: int, known: Collection[str], stage: Callable[[], Path], early: Early | None = None
+    ) -> None:
         self._job = job
         self._workers = workers
         self._stage = stage  # gives a new empty folder; called in the thread that calls `each`
@@ -51,6 +79,7 @@ class Crew:
         self._guard = threading.Lock()
         self._local = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
+        self._early = early
         self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="add") if workers > 1 else None
 
@@ -141,7 +170,7 @@ class Crew:
         with self._guard:
             if self._closed:
                 raise _not_started("the add was ended")
-            process = _started(self._workers)
+            process = (self._early and self._early.handed_over(self._workers)) or _started(self._workers)
             self._processes.add(process)
         try:
             _send(process, self._job)

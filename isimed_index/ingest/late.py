@@ -82,7 +82,7 @@ def late_metadata(files: Sequence[tuple[Chosen, str]], metadata: Metadata, head:
     people = {row["subject"]: row for row in subjects.to_pylist()}
     for file, digest in files:
         row = stored[digest]
-        scan = row["scan"] if _may_be_called(file, row["scan"]) else file.name
+        scan = row["scan"] if may_be_called(file, row["scan"]) else file.name
         given = {key: value for key, value in given_of(file, scan, metadata).items() if value is not None}
         theirs = late.scans.get(row["scan"], {})
         mine = _is_the_same(file, row)
@@ -149,10 +149,10 @@ def _is_the_same(file: Chosen, row: Mapping[str, Any]) -> bool:
     """Whether a file with the content of a stored scan is that scan's file by its names, and no one else's copy."""
     if file.subject is not None:
         return bool(file.subject == row["subject"])
-    return _may_be_called(file, row["scan"])
+    return may_be_called(file, row["scan"])
 
 
-def _may_be_called(file: Chosen, scan: str) -> bool:
+def may_be_called(file: Chosen, scan: str) -> bool:
     """Whether `add` could have called this file so, whatever other files and scans there were."""
     if file.series or file.hidden:  # a surrogate, and no path
         return is_numbered(file.name, scan)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from isimed_index.errors import UsageError
+from isimed_index.scans.discover import check_there, label_path, subject_and_session
+from isimed_index.scans.label_names import read_label_names
 from isimed_index.scans.layouts.recognise import AUTO, CHOICES
+from isimed_index.scans.metadata import read_metadata
 from isimed_index.space import AXIS_CODES
 
 
@@ -43,3 +47,19 @@ class AddOptions:
                 f"expected the directions of three axes, such as LAS, found {self.analyze_axes!r}",
                 next_step="give one letter an axis, in the file's order: R or L, A or P, S or I, each pair once",
             )
+
+
+def check_usage(paths: Sequence[Path], options: AddOptions) -> None:
+    """Raise `UsageError` for what was asked wrongly, as `add` would, with no need of a store.
+
+    Paths that are not there, patterns and expressions that say nothing, tables that cannot be read.
+    """
+    for path in paths:
+        check_there(path)
+    if options.labels:
+        label_path(Path("image.nii"), options.labels)
+    if options.subject_from:
+        subject_and_session(Path("image.nii"), regex=options.subject_from)
+    if options.label_names:
+        read_label_names(options.label_names)
+    read_metadata(options.metadata)

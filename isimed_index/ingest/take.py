@@ -139,7 +139,8 @@ def _read(file: Chosen, options: AddOptions, names: Mapping[int, str]) -> Read |
         if file.series:
             scan = read_series(file.series, file.name, options.volume)
         else:
-            scan = read_scan(file.path, file.name, options.volume, options.analyze_axes)
+            of_set = file.image is not None
+            scan = read_scan(file.path, file.name, options.volume, options.analyze_axes, if_several=of_set)
         if "volume" in scan.attributes:  # two volumes of one file are two scans
             file = replace(file, name=f"{file.name}_vol-{scan.attributes['volume']}")
             scan = replace(scan, id=file.name)

@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-import zarr.codecs
-import zarr.storage
 from numpy.typing import NDArray
 
 from isimed_index.errors import NotFound, StoreDamaged, UsageError
 from isimed_index.grid import Box
+from isimed_index.scans.arrays import write_array, write_group
 from isimed_index.scans.pyramid import Level, Triple, coarser_image, coarser_labels, levels
 from isimed_index.scans.scan import LabelMap, Scan, physical_values
 from isimed_index.space import Affine
@@ -43,8 +41,6 @@ _METHODS = {
     "mode": "commonest label of the level before; of several one that is not 0, then the smallest",
 }
 _ABSENT = "absent"  # what `voxels` says of a scan that is stored without them
-_CHUNK = 64
-_SHARD = 256
 _GOLDEN_TURN = 0.618034  # of the hue from a label to the next: neighbours in number look unlike
 
 
@@ -54,9 +50,9 @@ def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
         raise UsageError(f"expected labels of shape {scan.shape}, found {labels.voxels.shape}")
     pyramid = levels(scan.shape, scan.spacing_mm)
     affines = [level.affine(scan.affine) for level in pyramid]
-    root = zarr.create_group(
-        store=zarr.storage.LocalStore(directory),
-        attributes={
+    write_group(
+        directory,
+        {
             "ome": {"version": _OME_VERSION, "multiscales": [_multiscale("image", "mean", scan, pyramid)]},
             "isimed": {
                 "affine": scan.affine.tolist(),
@@ -68,17 +64,18 @@ def write_chunks(scan: Scan, labels: LabelMap | None, directory: Path) -> None:
             },
         },
     )
-    _write_levels(root, scan.voxels, pyramid, coarser_image)
+    _write_levels(directory, scan.voxels, pyramid, coarser_image)
     if labels is None:
         return
-    group = root.create_group("labels", attributes={"ome": {"version": _OME_VERSION, "labels": [LABELS_NAME]}})
+    write_group(directory / "labels", {"ome": {"version": _OME_VERSION, "labels": [LABELS_NAME]}})
     properties = [{"label-value": label, "name": name} for label, name in sorted(labels.names.items())]
     image_label: dict[str, Any] = {"source": {"image": "../../"}, "colors": _colours(labels)}
     if properties:
         image_label["properties"] = properties
     multiscales = [_multiscale(LABELS_NAME, "mode", scan, pyramid)]
     ome = {"version": _OME_VERSION, "multiscales": multiscales, "image-label": image_label}
-    anatomy = group.create_group(LABELS_NAME, attributes={"ome": ome})
+    anatomy = directory / "labels" / LABELS_NAME
+    write_group(anatomy, {"ome": ome})
     _write_levels(anatomy, labels.voxels, pyramid, coarser_labels)
 
 
@@ -87,10 +84,7 @@ def write_absent(
 ) -> None:
     """Write a scan of which only the geometry is known into `directory`, which is new or empty."""
     facts = {"affine": affine.tolist(), "slope": 1.0, "intercept": 0.0, "background": 0, "attributes": dict(attributes)}
-    zarr.create_group(
-        store=zarr.storage.LocalStore(directory),
-        attributes={"isimed": {**facts, "shape": list(shape), "voxels": _ABSENT}},
-    )
+    write_group(directory, {"isimed": {**facts, "shape": list(shape), "voxels": _ABSENT}})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,6 +152,8 @@ def open_chunks(directory: Path, scan: str | None = None) -> StoredScan:
 
     `StoreDamaged` when something is missing or malformed.
     """
+    import zarr.storage
+
     with _damage(directory):
         root = zarr.open_group(store=zarr.storage.LocalStore(directory, read_only=True), mode="r", zarr_format=3)
         facts: Any = root.attrs["isimed"]
@@ -216,30 +212,12 @@ def _multiscale(name: str, method: str, scan: Scan, pyramid: Sequence[Level]) ->
 
 
 def _write_levels(
-    group: Any, voxels: NDArray[Any], pyramid: Sequence[Level], coarser: Callable[[NDArray[Any], Triple], NDArray[Any]]
+    group: Path, voxels: NDArray[Any], pyramid: Sequence[Level], coarser: Callable[[NDArray[Any], Triple], NDArray[Any]]
 ) -> None:
-    """Write every level, each made from the one before."""
+    """Write every level into a group, each made from the one before."""
     for number, level in enumerate(pyramid):
         voxels = coarser(voxels, level.step) if number else voxels
-        _write_array(group, str(number), voxels)
-
-
-def _write_array(group: Any, path: str, voxels: NDArray[Any]) -> None:
-    """Write an array shard by shard: what Zarr needs beside it is bounded by a shard."""
-    shards = tuple(min(_SHARD, _CHUNK * math.ceil(n / _CHUNK)) for n in voxels.shape)
-    array = group.create_array(
-        path,
-        shape=voxels.shape,
-        dtype=voxels.dtype,
-        chunks=(_CHUNK,) * 3,
-        shards=shards,
-        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
-        dimension_names=list("xyz"),
-        config={"write_empty_chunks": True},
-    )
-    for starts in product(*[range(0, n, shard) for n, shard in zip(voxels.shape, shards, strict=True)]):
-        shard = tuple(slice(start, start + side) for start, side in zip(starts, shards, strict=True))
-        array[shard] = voxels[shard]
+        write_array(group / str(number), voxels, "xyz")
 
 
 def _open_array(directory: Path, root: Any, path: str) -> Any:
@@ -271,6 +249,8 @@ def _damage(directory: Path) -> Iterator[None]:
 
 def slabs(directory: Path) -> Iterator[NDArray[Any]]:
     """The elements of any one stored array, decoded, a row of shards at a time; `StoreDamaged` when unreadable."""
+    import zarr.storage
+
     with _damage(directory):
         array = zarr.open_array(store=zarr.storage.LocalStore(directory, read_only=True), mode="r")
         step = (array.shards or array.chunks or array.shape)[0] if array.shape else 1

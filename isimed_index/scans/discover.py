@@ -35,13 +35,18 @@ def find_files(paths: Sequence[Path], without: Collection[Path] = ()) -> list[Pa
                     f"no image file in folder {path.resolve().name}",
                     next_step="give a folder with NIfTI, DICOM, NRRD, MetaImage or MGH files",
                 )
-        elif path.exists():
-            files = [path]
         else:
-            raise UsageError(f"there is no file or folder {path.name}", next_step="check the path")
+            check_there(path)
+            files = [path]
         for file in files:
             found.setdefault(real(file), file)
     return list(found.values())
+
+
+def check_there(path: Path) -> None:
+    """Raise `UsageError` for a path that does not exist."""
+    if not path.exists():
+        raise UsageError(f"there is no file or folder {path.name}", next_step="check the path")
 
 
 def real(path: Path) -> Path:

@@ -13,6 +13,7 @@ COPY_AGAIN = "copy or download the file again"
 class Wanted:
     """What is asked of a file: the number, from 0, of the volume to take of several.
 
+    `if_several`: a file with one volume has that one taken, whatever the number: a data set has files of both kinds.
     `labels` says of a label map how many voxels its scan has. A map that claims as many is no bomb, however well it is
     compressed. `analyze_axes` are the directions, as the user states them, of the axes of files that do not say them.
     """
@@ -20,6 +21,7 @@ class Wanted:
     volume: int | None = None
     labels: int | None = None
     analyze_axes: str | None = None
+    if_several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def checked_number(count: int, wanted: Wanted, what: str) -> int:
             f"expected a 3-D volume, found {what}: {count} volumes",
             next_step=f"take one of them with isimed add --volume N, where N is 0 to {count - 1}",
         )
-    number = wanted.volume or 0
+    number = 0 if count == 1 and wanted.if_several else wanted.volume or 0
     if not 0 <= number < count:
         holds = f"it has {count} volumes, numbered 0 to {count - 1}" if count > 1 else "it has one volume, number 0"
         raise ScanRefused(f"{holds}: there is no volume {number}", next_step="give another number to --volume")

@@ -24,17 +24,25 @@ if TYPE_CHECKING:
 GRID_TOLERANCE_MM = 1e-3
 
 
-def read_scan(path: Path, scan_id: str, volume: int | None = None, analyze_axes: str | None = None) -> Scan:
+def read_scan(
+    path: Path,
+    scan_id: str,
+    volume: int | None = None,
+    analyze_axes: str | None = None,
+    *,
+    if_several: bool = False,
+) -> Scan:
     """Read one volume, turned to nearest RAS+ without resampling; of 4-D data the one of that number, from 0.
 
-    `analyze_axes` says where the voxel axes of an Analyze 7.5 file grow (`LAS`), which it does not say itself.
+    `analyze_axes` says where the voxel axes of an Analyze 7.5 file grow (`LAS`), which it does not say itself. With
+    `if_several`, the only volume of a file is taken whatever the number says.
 
     Raises `ScanRefused` for what is not a sound 3-D scalar volume: a damaged or foreign file, 2-D data, 4-D data
     without a number, colour or complex voxels, no or a singular affine, only NaN, one single value. Some NaN or
     infinite voxels become the least finite value; their number is kept in `attributes["nonfinite_voxels"]`.
     """
     with _named(path.name):
-        return _scan(formats.load(path, Wanted(volume, analyze_axes=analyze_axes)), scan_id)
+        return _scan(formats.load(path, Wanted(volume, analyze_axes=analyze_axes, if_several=if_several)), scan_id)
 
 
 def read_series(series: Series, scan_id: str, volume: int | None = None) -> Scan:

@@ -134,7 +134,7 @@ def test_nothing_names_the_scan_or_its_file(directory):
 
 def test_an_existing_scan_is_not_overwritten(directory, scan):
     before = open_chunks(directory).voxels()
-    with pytest.raises(ValueError):
+    with pytest.raises(FileExistsError):
         write_chunks(scan, None, directory)
     np.testing.assert_array_equal(open_chunks(directory).voxels(), before)
 
