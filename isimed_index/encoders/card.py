@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from isimed_index.contracts import Metric as Metric
 from isimed_index.contracts import validate
@@ -16,6 +16,9 @@ from isimed_index.scans.prepare import Intensity
 
 CARD = "card.json"
 WEIGHTS = "weights.safetensors"
+MODEL = "model.onnx"
+AXES = "RAS"  # of stored volumes, and so of the patches that an encoder is shown
+Pool = Literal["mean", "centre"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,16 @@ class EncoderCard:
     """How patches become vectors: network, weights, patch, working spacing and intensity scaling.
 
     `outputs` maps an output's name to its dimension; `match_output` is the one that matches are searched in, compared
-    by `metric`. `weights_sha256` is None for an encoder without weights, and until they are written. `name` and
-    `training` say where the encoder came from and do not enter the id.
+    by `metric`. `weights_sha256` is None for an encoder without weights, and until they are written; `model_sha256` is
+    that of an ONNX file instead. `name` and `training` say where the encoder came from and do not enter the id.
+
+    Networks of other programs may see a patch with other `axes`: `SPL` has the first grow to Superior, the second to
+    Posterior, the third to Left. `pool` says how a map of vectors becomes the one vector of its patch.
     """
 
     name: str
     factory: str
-    network: Mapping[str, int]
+    network: Mapping[str, Any]  # arguments of `factory`
     weights_sha256: str | None
     patch_vox: int
     stride_vox: int
@@ -39,10 +45,19 @@ class EncoderCard:
     metric: Metric
     intensity: Intensity = field(default_factory=Intensity)
     training: Mapping[str, Any] = field(default_factory=dict)
+    model_sha256: str | None = None
+    axes: str = AXES
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         if self.match_output not in self.outputs:
             raise EncoderMismatch(f"expected match_output among {sorted(self.outputs)}, found {self.match_output!r}")
+        if sorted(map(_pair, self.axes)) != sorted(map(_pair, AXES)):
+            raise EncoderMismatch(
+                f"expected axes such as RAS or SPL, one letter of each of RL, AP and SI, found {self.axes!r}"
+            )
+        if self.pool is not None and self.pool not in get_args(Pool):
+            raise EncoderMismatch(f"expected pool among {', '.join(get_args(Pool))}, found {self.pool!r}")
 
     @property
     def id(self) -> str:
@@ -58,6 +73,12 @@ class EncoderCard:
         return self.outputs[self.match_output]
 
     def _fields(self) -> dict[str, Any]:
+        # What a card may lack is left out where it is as it was before there was such a field: old ids stay.
+        more = {
+            "model_sha256": self.model_sha256,
+            "axes": None if self.axes == AXES else self.axes,
+            "pool": self.pool,
+        }
         return {
             "name": self.name,
             "factory": self.factory,
@@ -74,6 +95,7 @@ class EncoderCard:
             "metric": self.metric,
             "intensity": self.intensity.fields(),
             "training": dict(self.training),
+            **{name: value for name, value in more.items() if value is not None},
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -110,6 +132,9 @@ class EncoderCard:
                 metric=cast(Metric, fields["metric"]),
                 intensity=Intensity(**fields["intensity"]),
                 training=fields["training"],
+                model_sha256=fields.get("model_sha256"),
+                axes=fields.get("axes", AXES),
+                pool=fields.get("pool"),
             )
         except (KeyError, TypeError, UsageError) as error:  # the schema leaves these to each kind of encoder
             raise EncoderMismatch(
@@ -117,10 +142,27 @@ class EncoderCard:
             ) from error
 
 
-def read_card(directory: Path) -> EncoderCard:
-    """The card of an encoder directory (`card.json` beside `weights.safetensors`)."""
+def _pair(letter: str) -> str:
+    """The two ends of the axis that a letter names one of; the letter itself when it names none."""
+    return next((ends for ends in ("RL", "AP", "IS") if letter in ends), letter)
+
+
+def parse_fields(text: str) -> Any:
+    """The JSON of a card; `ValueError` when it is none, too deep, or holds NaN or Infinity, which JSON has not."""
     try:
-        fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("expected the fields of a card, found JSON in too many levels") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"expected a number, found {name}")
+
+
+def read_card(directory: Path) -> EncoderCard:
+    """The card of an encoder directory (`card.json` beside `weights.safetensors` or `model.onnx`)."""
+    try:
+        fields = parse_fields((directory / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreDamaged(
             f"the encoder card {CARD} in {directory.name} cannot be read",

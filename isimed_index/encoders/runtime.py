@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from isimed_index.encoders.card import CARD, WEIGHTS, EncoderCard, read_card
-from isimed_index.encoders.networks import Network, build_network
-from isimed_index.encoders.protocol import Vectors, encode_patches
-from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
+from isimed_index.encoders.card import CARD, MODEL, WEIGHTS, EncoderCard, read_card
+from isimed_index.encoders.foreign import ForeignEncoder
+from isimed_index.encoders.module import foreign_module, our_network
+from isimed_index.encoders.networks import Network
+from isimed_index.encoders.onnx_model import FACTORY as ONNX
+from isimed_index.encoders.onnx_model import open_onnx
+from isimed_index.encoders.protocol import Encoder, Vectors, encode_patches
+from isimed_index.encoders.trust import is_ours
+from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.grid import Box, PatchGrid
 from isimed_index.scans.prepare import Volume
 
@@ -113,33 +116,36 @@ def write_encoder(directory: Path, card: EncoderCard, state: Mapping[str, torch.
     return final
 
 
-def load_encoder(directory: Path, device: str = "auto") -> TorchEncoder:
-    """Load an encoder directory.
-
-    `StoreDamaged` when a file is missing or cut off, `EncoderMismatch` when the weights do not match card or network.
-    """
+def load_encoder(directory: Path, device: str = "auto", trust: Sequence[str] = ()) -> Encoder:
+    """Load an encoder directory; see `open_encoder`."""
     card = read_card(directory)
-    if card.weights_sha256 is None:
+    return open_encoder(card, directory / (WEIGHTS if card.model_sha256 is None else MODEL), device, trust)
+
+
+def open_encoder(card: EncoderCard, file: Path, device: str = "auto", trust: Sequence[str] = ()) -> Encoder:
+    """The encoder of a card and of the file with its weights, or its ONNX graph.
+
+    `StoreDamaged` when the file is missing or cut off, `EncoderMismatch` when it does not belong to card or network,
+    or is a pickle; `EncoderNotTrusted` when the card names code of others that `trust` does not cover.
+    """
+    if card.factory == ONNX and card.model_sha256 is not None and card.weights_sha256 is None:
+        return ForeignEncoder(card, open_onnx(card, file, device).run)
+    if card.weights_sha256 is None and card.model_sha256 is None:
         raise EncoderMismatch(
             f"encoder {card.name!r} is known by its embeddings only and cannot encode",
             next_step="import the embeddings of these scans too, or choose scans that have them by --where",
         )
-    try:
-        data = (directory / WEIGHTS).read_bytes()
-        state = load_tensors(data)
-    except (OSError, SafetensorError) as error:
-        raise StoreDamaged(
-            f"the weights {WEIGHTS} of encoder {card.id} are missing or cut off",
-            next_step="restore the store from a backup, or train again",
-        ) from error
-    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
+    if card.weights_sha256 is None or card.model_sha256 is not None or card.factory == ONNX:
         raise EncoderMismatch(
-            f"the weights of encoder {card.id} do not match the hash on its card",
-            next_step="restore the store from a backup, or train again",
+            f"the card of encoder {card.name!r} says {card.factory} and hashes of {_files(card)}",
+            next_step=f"{MODEL} goes with the factory {ONNX}, {WEIGHTS} with all others",
         )
-    network = build_network(card.factory, card.outputs, card.network)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise EncoderMismatch(f"the weights of encoder {card.id} do not fit its network {card.factory}") from error
-    return TorchEncoder(card, network, choose_device(device))
+    on = choose_device(device)
+    if is_ours(card.factory):
+        return TorchEncoder(card, our_network(card, file), on)
+    return ForeignEncoder(card, foreign_module(card, file, trust, on).run)
+
+
+def _files(card: EncoderCard) -> str:
+    named = {WEIGHTS: card.weights_sha256, MODEL: card.model_sha256}
+    return " and ".join(name for name, sha256 in named.items() if sha256 is not None)

@@ -29,7 +29,7 @@ from isimed_index.exchange.columns import shaped, vector_column
 from isimed_index.exchange.folder import Exported, becoming, write_seal
 from isimed_index.lattice import ScanGeometry, read_geometry
 from isimed_index.progress import Progress, Silent
-from isimed_index.store.files import CARD, WEIGHTS
+from isimed_index.store.files import CARD, MODEL, WEIGHTS
 from isimed_index.store.segment import LABEL_SHARES, PATCHES, Segment, groups
 from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot, StoredTable
 from isimed_index.store.sql.patches import label_rows, patch_rows, tells_labels
@@ -146,7 +146,7 @@ def export_parquet(chosen: Selection, out: Path, *, voxels: bool = False, progre
             shutil.copytree(chosen.snapshot.chunks_path(scan), folder / geometry[scan]["voxels"])
         lattices = {}
         for made in chosen.encoders:
-            _copy_files(made, folder / "encoders" / made.id, (CARD, WEIGHTS))
+            _copy_files(made, folder / "encoders" / made.id, (CARD, WEIGHTS, MODEL))
             lattices[made.id] = _write_patches(chosen, made, folder, progress)
         content = {"scans": geometry, "segments": lattices}
         (folder / LATTICES).write_text(json.dumps(content), encoding="utf-8")

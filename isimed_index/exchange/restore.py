@@ -35,7 +35,7 @@ from isimed_index.ingest.add import BATCH
 from isimed_index.lattice import ScanGeometry
 from isimed_index.progress import Progress, Silent
 from isimed_index.space import orientation
-from isimed_index.store.files import CARD
+from isimed_index.store.files import CARD, MODEL, WEIGHTS
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import LATTICE, write_segment
@@ -106,9 +106,10 @@ class Folder:
             raise StoreDamaged("the files of the export do not belong together", next_step=_AGAIN)
         return found
 
-    def copy(self, prefix: str, target: Path) -> None:
-        """Copy the files below a folder of it into `target`; only such as were checked."""
+    def copy(self, prefix: str, target: Path, only: Sequence[str] | None = None) -> None:
+        """Copy the files below a folder of it (or `only` some) into `target`; none that was not checked."""
         below = [name for name in self.files if name.startswith(f"{prefix}/")]
+        below = [name for name in below if only is None or name.removeprefix(f"{prefix}/") in only]
         if not below:
             raise StoreDamaged(f"the export lacks {prefix}", next_step=_AGAIN)
         for name in below:
@@ -169,7 +170,7 @@ def _refuse_other_lattices(head: Snapshot, folder: Folder) -> None:
 
 def _encoder(transaction: Transaction, folder: Folder, card_id: str) -> Artefact:
     directory = transaction.stage("encoder")
-    folder.copy(f"encoders/{card_id}", directory)
+    folder.copy(f"encoders/{card_id}", directory, only=(CARD, WEIGHTS, MODEL))
     return transaction.add("encoder", directory, encoder=card_id)
 
 
