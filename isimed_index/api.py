@@ -1,7 +1,7 @@
 """The Python API: one `Store` with the words of the command line.
 
 create / open ─▶ Store.add ─▶ (register) ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · sql · evaluate · plot
-                 ├── exchange: export · export_scan · import_
+                 ├── exchange: export · export_scan · import_ · export_encoder · import_encoder
                  └── upkeep: delete · compact · gc · tag · restore · check · repair · purge
 
 Every method is a few lines: it turns plain arguments into the values that the room below it takes, and pins anew what
@@ -10,17 +10,14 @@ was written. That is why this module may be longer than others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from isimed_index.encoders.trust import trusted
 from isimed_index.errors import StoreWarning, UsageError
 from isimed_index.ingest.add import add
 from isimed_index.ingest.options import AddOptions
@@ -38,6 +35,7 @@ if TYPE_CHECKING:
 
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.evaluate.landmarks import Evaluation
+    from isimed_index.exchange.encoders import KeptEncoder
     from isimed_index.exchange.folder import Exported
     from isimed_index.exchange.incoming import Imported
     from isimed_index.exchange.volume import ExportedScan
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from isimed_index.matches import Matches
     from isimed_index.register.align import Kind
     from isimed_index.register.cohort import RegisterReport
-    from isimed_index.scans.prepare import Intensity, Volume
     from isimed_index.store.tags import Tag
     from isimed_index.store.upkeep.collect import Collected
     from isimed_index.store.upkeep.compact import Compacted
@@ -62,22 +59,30 @@ FilePath = str | Path
 PointLike = Sequence[float]
 
 
-def create(path: FilePath) -> Store:
+def create(path: FilePath, trust: str | Sequence[str] | None = None) -> Store:
     """Make an empty store at `path`: a folder that is empty or does not exist, or `s3://bucket/prefix`."""
-    return Store(Repository.create(path))
+    return Store(Repository.create(path), trust=trusted(trust))
 
 
-def open(path: FilePath, mode: str = "a", generation: int | None = None, tag: str | None = None) -> Store:
+def open(
+    path: FilePath,
+    mode: str = "a",
+    generation: int | None = None,
+    tag: str | None = None,
+    trust: str | Sequence[str] | None = None,
+) -> Store:
     """Open the store at `path` or `s3://…`, read-only with `mode="r"`, a `generation` or a `tag`.
 
     Use it as a context manager, or call `close`, to let a collector remove what only the pinned generation holds.
+    `trust` names code outside of this library that encoders may run (a package, a module, or a `module:callable`); by
+    default what ISIMED_TRUST names. A store cannot give trust.
     """
     if mode not in ("r", "a"):
         raise UsageError(f"expected mode r or a, found {mode!r}", next_step='mode="r" to read')
     if generation is not None and tag is not None:
         raise UsageError("expected a generation or a tag, found both", next_step="leave out one of them")
     writable = mode == "a" and generation is None and tag is None
-    return Store(Repository.open(path), writable=writable, generation=generation, tag=tag)
+    return Store(Repository.open(path), writable=writable, generation=generation, tag=tag, trust=trusted(trust))
 
 
 def check(
@@ -129,8 +134,10 @@ class Store:
         writable: bool = True,
         generation: int | None = None,
         tag: str | None = None,
+        trust: tuple[str, ...] = (),
     ) -> None:
         self._repository = repository
+        self._trust = trust  # code outside of this library that encoders may run
         self._writable = writable
         self._snapshot: Snapshot | None = None
         self._asked_generation = generation
@@ -245,7 +252,7 @@ class Store:
 
     def pretrain(
         self,
-        method: str = "isimed",
+        method: str | None = None,
         preset: str = "default",
         config: FilePath | None = None,
         epochs: int | None = None,
@@ -257,15 +264,30 @@ class Store:
         where: str | None = None,
         seed: int | None = None,
         progress: Progress | None = None,
+        tensorboard: FilePath | None = None,
+        wandb: str | None = None,
     ) -> EncoderCard:
         """Train an encoder on the stored scans (those that `where`, SQL over `scans`, keeps) and store it.
 
-        Checkpoints are written after every epoch; `resume=True` with the same arguments goes on from the last one.
+        Checkpoints are written every few minutes and after every epoch; `resume=True` with the same arguments goes on
+        from the last one. Ctrl-C and SIGTERM end the step, write a checkpoint and raise `KeyboardInterrupt`.
+
+        Args:
+            method: isimed, barlowtwins, simclr, regisimed or coordinate; None is what the preset or `config` says.
+            preset: default, paper or tiny.
+            config: TOML whose fields replace the preset's.
+            epochs, batch_scans, patches_per_scan, seed: replace the fields of that name.
+            device: auto, cpu or cuda.
+            resume: go on from the last checkpoint.
+            name: of the encoder; by default method and preset.
+            where: SQL over `scans` that chooses which are trained on.
+            progress: is told of every step.
+            tensorboard: folder that gets the curves as event files (extra `tensorboard`).
+            wandb: project of Weights & Biases that gets the curves (extra `wandb`).
         """
         from isimed_index.config import pretrain_config
-        from isimed_index.encoders.runtime import write_encoder
-        from isimed_index.pretrain.trainer import intensity_of, train
-        from isimed_index.store.transaction import Proposal
+        from isimed_index.pretrain.records import Watchers
+        from isimed_index.training import Training, pretrain
 
         repository = self._writing()
         self.refresh()
@@ -277,40 +299,15 @@ class Store:
             "seed": seed,
         }
         resolved = pretrain_config(preset, _path(config), overrides)
-        intensity = intensity_of(resolved)
-        scans = sorted(self._scan_ids(where))
-        digests = [self.snapshot.scan_row(scan)["digest"] for scan in scans]
-        run = self.path / "tmp" / f"pretrain-{_hash([asdict(resolved), digests])}"
-        run.mkdir(parents=True, exist_ok=True)
-        trained = train(
-            resolved,
-            [partial(_working_volume, self.snapshot, scan, resolved.spacing_mm, intensity) for scan in scans],
-            run,
-            name=name or f"{method}-{preset}",
-            preset=preset,
-            device=device,
-            resume=resume,
-            progress=progress,
-        )
-        with repository.transaction("pretrain") as transaction:
-            directory = transaction.stage("encoder")
-            card = write_encoder(directory, trained.card, trained.state)
-            shutil.copyfile(trained.metrics, directory / "metrics.jsonl")
-            artefact = transaction.add("encoder", directory, encoder=card.id)
-
-            def propose(head: Snapshot) -> Proposal:
-                # The same run again gives the same weights, and so the same id: there is nothing to add.
-                there = {known.fields["encoder"] for known in head.artefacts("encoder")}
-                return Proposal(add=[] if card.id in there else [artefact])
-
-            transaction.commit(propose)
-        shutil.rmtree(run)
-        self.refresh()
-        return card
+        training = Training(resolved, preset, name, device, resume, Watchers(_path(tensorboard), wandb))
+        try:
+            return pretrain(repository, self._scan_ids(where), training, progress or Silent())
+        finally:
+            self.refresh()
 
     def index(
         self,
-        encoder: str | None = None,
+        encoder: FilePath | None = None,
         stride_mm: float | None = None,
         where: str | None = None,
         scheduler: str = "threads",
@@ -322,12 +319,14 @@ class Store:
         """Encode every patch of the scans that `where` keeps, fit the canonical frame and build the index.
 
         Scans that are encoded already are skipped; every few scans are committed, so that an interruption costs little.
+        `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first.
         """
         from isimed_index.indexing import IndexOptions, index_scans
 
         repository = self._writing()
         self.refresh()
-        options = IndexOptions(encoder, stride_mm, scheduler, device, min_recall, max_ram)
+        named = self._stored_encoder(encoder)
+        options = IndexOptions(named, stride_mm, scheduler, device, min_recall, max_ram, self._trust)
         try:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())
         finally:
@@ -469,6 +468,12 @@ class Store:
     def encoders(self) -> pa.Table:
         """All encoders, one row each."""
         return self.sql("SELECT * FROM encoders")
+
+    def encoder(self, encoder: str | None = None) -> EncoderCard:
+        """The card of an encoder: by id, beginning of one, or name; by default the newest."""
+        from isimed_index.encoders.card import read_card
+
+        return read_card(self.snapshot.encoder_path(encoder))
 
     def log(self) -> pa.Table:
         """All generations, oldest first."""
@@ -743,14 +748,52 @@ class Store:
         finally:
             self.refresh()
 
+    def export_encoder(self, encoder: str | None, out: FilePath) -> EncoderCard:
+        """Write an encoder (id, beginning of one, or name; None: the newest) into a new folder that can travel alone.
+
+        It holds `card.json` and `weights.safetensors`, or `model.onnx`; no scan and no patient. Returns the card.
+        """
+        from isimed_index.exchange.encoders import export_encoder
+
+        if Path(out).resolve().is_relative_to(self.path.resolve()):
+            raise UsageError("an export cannot lie inside the store", next_step="choose a path outside of it")
+        return export_encoder(self.snapshot, encoder, Path(out))
+
+    def import_encoder(self, path: FilePath, card: FilePath | None = None, name: str | None = None) -> KeptEncoder:
+        """Store an encoder from elsewhere under its id; one that is there already is left as it is.
+
+        It is loaded and tried out first: nothing is stored of pickles, of weights that do not fit, and of code that
+        `open(trust=…)` did not allow.
+
+        Args:
+            path: a folder that `export_encoder` wrote; or with `card`, a file .safetensors or .onnx.
+            card: JSON that describes an encoder of another program.
+            name: in the store; by default that of the card.
+        """
+        from isimed_index.exchange.encoders import import_encoder
+
+        try:
+            return import_encoder(self._writing(), Path(path), _path(card), name, self._trust)
+        finally:
+            self.refresh()
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _lookup(self, encoder: str | None) -> Lookup:
         from isimed_index.lookup import Lookup
 
         if encoder not in self._lookups:
-            self._lookups[encoder] = Lookup(self.snapshot, encoder)
+            self._lookups[encoder] = Lookup(self.snapshot, encoder, self._trust)
         return self._lookups[encoder]
+
+    def _stored_encoder(self, encoder: FilePath | None) -> str | None:
+        """An encoder's name or id; that of a folder is imported first, unless an encoder is called like it."""
+        from isimed_index.exchange.encoders import holds_encoder, known_encoder
+
+        named = None if encoder is None else str(encoder)
+        if named is None or known_encoder(self.snapshot, named) or not holds_encoder(Path(named)):
+            return named
+        return self.import_encoder(named).id
 
     def _source(self, lookup: Lookup, scan: FilePath) -> Source:
         """A stored scan by id, or else a file: its stored copy where the content is known, or the file itself."""
@@ -766,14 +809,6 @@ class Store:
     def _scan_ids(self, where: str | None) -> list[str]:
         ids: list[str] = self.snapshot.matching("scans", where).column("scan").to_pylist()
         return ids
-
-
-def _working_volume(snapshot: Snapshot, scan: str, spacing_mm: float, intensity: Intensity) -> Volume:
-    from isimed_index.scans.chunks import open_chunks
-    from isimed_index.scans.prepare import prepare
-
-    stored = open_chunks(snapshot.chunks_path(scan), scan)
-    return prepare(stored.values(), stored.affine, spacing_mm, intensity)
 
 
 def _triple(point: PointLike) -> tuple[float, float, float]:
@@ -795,7 +830,3 @@ def _path(path: FilePath | None) -> Path | None:
 
 def _paths(paths: FilePath | Sequence[FilePath] | None) -> tuple[Path, ...]:
     return (Path(paths),) if isinstance(paths, str | Path) else tuple(map(Path, paths or ()))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

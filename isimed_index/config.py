@@ -1,6 +1,6 @@
 """One frozen dataclass per verb, read from TOML; a flag overrides a file, an unknown key fails.
 
-defaults of the class  ←  preset (a TOML in the package)  ←  --config FILE.toml  ←  flags
+defaults of the class  ←  preset (a TOML in the package)  ←  its table of the method  ←  --config FILE.toml  ←  flags
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from isimed_index.errors import ConfigError
 
-Method = Literal["isimed"]
+Method = Literal["isimed", "barlowtwins", "simclr", "regisimed", "coordinate"]
 Preset = Literal["paper", "default", "tiny"]
 
 
@@ -27,7 +27,10 @@ class Augmentation:
     `rotation_deg` and `scale` (a fraction) bound the pose; `curve_probability` draws a random contrast curve, of which
     `arbitrary_curve_probability` are not monotone and `invert_probability` are turned upside down (shares of the
     curves, not of the views); `bias` is the sd of the log of a smooth shading field; `noise` bounds the sd of the
-    noise, in units of the −1…1 intensity range.
+    noise, in units of the −1…1 intensity range. `slices_probability` gives views the resolution of slices, 1 to
+    `thickest_vox` voxels thick, along one axis. `shift_vox` bounds how far each of two views of a place lies from it.
+    `holes` and `shuffle_probability` are the paper's views (ISImed, §2.2.2): six boxes are dropped, or all but six are,
+    and then the voxels of two cubes are shuffled.
     """
 
     rotation_deg: float = 10.0
@@ -37,12 +40,27 @@ class Augmentation:
     invert_probability: float = 0.3
     bias: float = 0.3
     noise: float = 0.05
+    slices_probability: float = 0.0
+    thickest_vox: float = 4.0
+    shift_vox: float = 4.0
+    holes: bool = False
+    shuffle_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_least(self, dict.fromkeys(("rotation_deg", "scale", "bias", "noise"), 0))
-        for name in ("curve_probability", "arbitrary_curve_probability", "invert_probability"):
+        least = dict.fromkeys(("rotation_deg", "scale", "bias", "noise", "shift_vox"), 0)
+        _check_least(self, least | {"thickest_vox": 1})
+        for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"expected {name} from 0 to 1, found {getattr(self, name)}")
+
+
+_PROBABILITIES = (
+    "curve_probability",
+    "arbitrary_curve_probability",
+    "invert_probability",
+    "slices_probability",
+    "shuffle_probability",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +68,22 @@ class PretrainConfig:
     """Everything that decides what a pretraining run does; stored with the encoder.
 
     A step draws `batch_scans` scans, `crops_per_scan` places in each and `views_per_crop` views (cubes of `view_vox`
-    voxels at `spacing_mm`) of each place. The distance objective sees `patches_per_scan` patches of each scan.
+    voxels at `spacing_mm`) of each place. The methods see `patches_per_scan` patches (or pairs of views) of each scan.
+
+    `isimed` joins a distance, a coordinate and a descriptor objective, each where its weight is above zero. Distances
+    are measured in units of `unit_mm` (voxels, where it equals `spacing_mm`), over `pairs` within scans or `all` of the
+    batch, squared, or by a Huber loss that is linear beyond `huber` units. `redundancy_weight` is what `barlowtwins`
+    gives to all that is not on the diagonal; `regisimed` adds `barlowtwins_weight` times that loss to the distances'.
+    `coordinate` compares offsets within scans or, with `pairs = "all"`, coordinates in the common frame.
+
+    Crops are centred on voxels of the foreground, `near_crops` of them (after the first of a scan) within 40 mm of
+    another, and `border_probability` of them up to half a patch away from it. `places = "box"` draws cubes that lie
+    inside the foreground's box instead, as the paper does. `cache_gib` of prepared scans stay in memory; of other scans
+    boxes are read when they are needed.
     """
 
     method: Method = "isimed"
-    network: Literal["valid", "densenet121"] = "valid"
+    network: Literal["stem", "valid", "densenet121"] = "stem"
     width: int = 16
     embedding_dim: int = 64
     descriptor_dim: int = 64
@@ -65,6 +94,9 @@ class PretrainConfig:
     view_vox: int = 56
     crops_per_scan: int = 2
     views_per_crop: int = 2
+    places: Literal["foreground", "box"] = "foreground"
+    near_crops: float = 0.0
+    border_probability: float = 0.0
     batch_scans: int = 2
     patches_per_scan: int = 512
     epochs: int = 20
@@ -77,7 +109,11 @@ class PretrainConfig:
     coordinate_weight: float = 1.0
     descriptor_weight: float = 0.3
     ignore_mm: float = 14.0
-    temperature: float = 0.1
+    descriptor_temperature: float = 0.1
+    huber: float = 0.0  # 0: squared errors, as in the paper
+    redundancy_weight: float = 0.005
+    barlowtwins_weight: float = 1000.0
+    simclr_temperature: float = 0.05
 
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
@@ -85,18 +121,34 @@ class PretrainConfig:
     decay: float = 0.9  # per epoch, for the exponential schedule
     warmup_steps: int = 30
     clip_norm: float = 1.0
+    ema: float = 0.0  # decay per step of the moving average of the weights that is stored; 0: the weights as they are
+    validation_share: float = 0.0  # of the subjects, held out; the epoch with the best loss on them is stored
+    patience: int = 0  # stop after so many epochs without a better validation loss; 0: never
+    checkpoint_minutes: float = 5.0  # between checkpoints within an epoch; every epoch ends with one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     cache_gib: float = 2.0
+    sampler_threads: int = 0  # 0: half as many as there are cores, eight at most
 
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         _check_least(self, dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0))
-        for name in ("spacing_mm", "unit_mm", "learning_rate", "temperature", "decay"):
+        for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
-        if not self.distance_weight + self.coordinate_weight + self.descriptor_weight > 0:
+        for name in ("ema", "validation_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} from 0 to below 1, found {getattr(self, name)}")
+        if self.patience and not self.validation_share:
+            raise ConfigError("patience waits for a better validation loss, and validation_share is 0")
+        for name in ("near_crops", "border_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"expected {name} from 0 to 1, found {getattr(self, name)}")
+        if self.places == "box" and (self.near_crops or self.border_probability):
+            raise ConfigError("near_crops and border_probability choose among the foreground, found places 'box'")
+        joint = self.method == "isimed"
+        if joint and not self.distance_weight + self.coordinate_weight + self.descriptor_weight > 0:
             raise ConfigError("at least one objective needs a weight above 0")
         if not -math.inf < self.window_low <= self.window_high < math.inf:
             raise ConfigError(f"expected window_low ≤ window_high, found {self.window_low} and {self.window_high}")
@@ -104,12 +156,17 @@ class PretrainConfig:
             raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
         if self.view_vox < 32 or (self.view_vox - 32) % 4:
             raise ConfigError(f"expected view_vox 32, 36, 40, …, found {self.view_vox}")
-        if self.descriptor_weight > 0 and (self.views_per_crop != 2 or self.view_vox == 32):
+        if joint and self.descriptor_weight > 0 and (self.views_per_crop != 2 or self.view_vox == 32):
             raise ConfigError("the descriptor objective needs two views per crop, each wider than one patch")
-        if self.network == "densenet121" and (self.coordinate_weight or self.descriptor_weight or self.view_vox != 32):
+        if self.method in TWO_VIEW_METHODS and self.views_per_crop != 2:
+            raise ConfigError(f"{self.method} compares two views of a crop, found views_per_crop {self.views_per_crop}")
+        heads = joint and (self.coordinate_weight > 0 or self.descriptor_weight > 0)
+        if self.network == "densenet121" and (heads or self.view_vox != 32):
             raise ConfigError("densenet121 takes single 32³ patches and has neither a coordinate nor a descriptor head")
 
 
+TWO_VIEW_METHODS = ("barlowtwins", "simclr", "regisimed")
+_POSITIVE = ("spacing_mm", "unit_mm", "learning_rate", "descriptor_temperature", "simclr_temperature", "decay")
 _AT_LEAST_ONE = (
     "width",
     "embedding_dim",
@@ -126,11 +183,17 @@ _AT_LEAST_ZERO = (
     "coordinate_weight",
     "descriptor_weight",
     "ignore_mm",
+    "huber",
+    "redundancy_weight",
+    "barlowtwins_weight",
     "weight_decay",
     "warmup_steps",
     "clip_norm",
+    "patience",
+    "checkpoint_minutes",
     "seed",
     "cache_gib",
+    "sampler_threads",
 )
 
 
@@ -144,15 +207,23 @@ def _check_least(config: Any, least: Mapping[str, int]) -> None:
 def pretrain_config(
     preset: str = "default", file: Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> PretrainConfig:
-    """Resolve a pretraining configuration: preset, then TOML file, then the overrides that are not None."""
+    """Resolve a pretraining configuration: preset, then TOML file, then the overrides that are not None.
+
+    A preset's tables `[methods.NAME]` hold what is different for a method; that of the method which is asked for in the
+    end is laid over the preset before anything else is.
+    """
     names = get_args(Preset)
     if preset not in names:
         raise ConfigError(f"expected a preset among {', '.join(names)}, found {preset!r}")
     text = files("isimed_index").joinpath("pretrain", "presets", f"{preset}.toml").read_text(encoding="utf-8")
     values = tomllib.loads(text)
-    if file is not None:
-        values = _merged(values, _read_toml(file))
-    values = _merged(values, {key: value for key, value in (overrides or {}).items() if value is not None})
+    by_method = values.pop("methods", {})
+    asked = _read_toml(file) if file is not None else {}
+    asked = _merged(asked, {key: value for key, value in (overrides or {}).items() if value is not None})
+    method = asked.get("method", values["method"])
+    if isinstance(method, str):  # what is no method's name is refused below, with the names that are
+        values = _merged(values, by_method.get(method, {}))
+    values = _merged(values, asked)
     return from_mapping(PretrainConfig, values)
 
 

@@ -42,6 +42,7 @@ class EncodeTask:
     segment: str  # path of a staged, empty segment directory
     stride_vox: int
     device: str
+    trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def encode_scan(task: EncodeTask) -> Encoded:
     """
     from isimed_index.scans.chunks import open_chunks
 
-    encoder = _encoder(task.encoder, task.device)
+    encoder = _encoder(task.encoder, task.device, task.trust)
     try:
         stored = open_chunks(Path(task.chunks))
         volume = prepared(stored.values(), stored.affine, encoder.card)
@@ -155,10 +156,10 @@ def _stage(
 
 
 @lru_cache(maxsize=2)
-def _encoder(directory: str, device: str) -> Encoder:
+def _encoder(directory: str, device: str, trust: tuple[str, ...]) -> Encoder:
     from isimed_index.encoders.runtime import load_encoder
 
-    return load_encoder(Path(directory), device)
+    return load_encoder(Path(directory), device, trust)
 
 
 @contextmanager

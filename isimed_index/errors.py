@@ -17,7 +17,8 @@
     ├── StoreLocked           (BlockingIOError)    kind store_locked       exit 11
     ├── StoreDamaged          (OSError)            kind store_damaged      exit 12
     ├── Incompatible          (ValueError)         kind incompatible       exit 13
-    │   └── EncoderMismatch                        kind encoder_mismatch   exit 13
+    │   ├── EncoderMismatch                        kind encoder_mismatch   exit 13
+    │   └── EncoderNotTrusted                      kind encoder_not_trusted exit 13
     └── RecallBelowTarget     (ValueError)         kind recall_below_target exit 14
 
     IsimedWarning (UserWarning)
@@ -158,6 +159,12 @@ class EncoderMismatch(Incompatible):
     """Embeddings of two encoders were about to be mixed, or weights do not match their card."""
 
     kind = "encoder_mismatch"
+
+
+class EncoderNotTrusted(Incompatible):
+    """An encoder runs on code outside of this library, and nobody said that this code may be run."""
+
+    kind = "encoder_not_trusted"
 
 
 class RecallBelowTarget(IsimedError, ValueError):

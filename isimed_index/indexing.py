@@ -62,6 +62,7 @@ class IndexOptions:
     device: str = "auto"
     min_recall: float = 0.98
     max_ram: int | None = None
+    trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
 
 
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
@@ -78,7 +79,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         todo = [scan for scan in scans if keys[scan] not in done]
         progress.start("encode", len(todo), "scans")
         whole = _whole(head, todo, report)
-        tasks = _task_groups(transaction, whole, keys, directory, stride, options.device)
+        tasks = _task_groups(transaction, whole, keys, directory, stride, options)
         patches = 0
         for results in encode_groups(tasks, options.scheduler):
             patches += _commit_segments(transaction, head, card, results, report)
@@ -140,11 +141,20 @@ def _task_groups(
     keys: Mapping[str, str],
     encoder: Path,
     stride: int,
-    device: str,
+    options: IndexOptions,
 ) -> Iterator[list[EncodeTask]]:
     while group := list(islice(scans, COMMIT_SCANS)):
         yield [
-            EncodeTask(keys[scan], scan, str(voxels), str(encoder), str(transaction.stage("segment")), stride, device)
+            EncodeTask(
+                keys[scan],
+                scan,
+                str(voxels),
+                str(encoder),
+                str(transaction.stage("segment")),
+                stride,
+                options.device,
+                options.trust,
+            )
             for scan, voxels in group
         ]
 

@@ -106,8 +106,9 @@ class Place:
 class Lookup:
     """Answers questions over one pinned generation and one encoder; keeps what it has read for the next question."""
 
-    def __init__(self, snapshot: Snapshot, encoder: str | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, encoder: str | None = None, trust: tuple[str, ...] = ()) -> None:
         self.snapshot = snapshot
+        self.trust = trust  # code outside of this library that the encoder may run
         self.card: EncoderCard = read_card(snapshot.encoder_path(encoder))
         self._lattices: dict[str, Lattice] = {}
         self._stored: dict[str, StoredScan] = {}
@@ -177,7 +178,7 @@ class Lookup:
         from isimed_index.encode import prepared, volume_lattice
         from isimed_index.encoders.runtime import load_encoder
 
-        encoder = load_encoder(self.snapshot.encoder_path(self.card.id), device)
+        encoder = load_encoder(self.snapshot.encoder_path(self.card.id), device, self.trust)
         volume = prepared(scan.values(), scan.affine, self.card)
         return volume_lattice(encoder, volume, self.card.stride_vox, self.frame.standard)
 

@@ -6,7 +6,9 @@ Run from the repository: python scripts/make_cli_reference.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -49,17 +51,26 @@ def reference() -> str:
     """The whole page."""
     group = typer.main.get_command(app)
     root = _context(group, "isimed", None)
-    names = group.list_commands(root)  # type: ignore[attr-defined]  # typer returns a group when there are many commands
-    sections = [_section(group.get_command(root, name), root) for name in names]  # type: ignore[attr-defined]
+    sections = [_section(name, command, context) for name, command, context in commands(group, root)]
     return "\n".join([PREFACE, *sections])
 
 
-def _section(command: object, root: object) -> str:
+def commands(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name (`encoders list`), command and its context of every command, those of groups in their group's place."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        below = _context(command, name, context)
+        if hasattr(command, "list_commands"):
+            yield from commands(command, below, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command, below
+
+
+def _section(name: str, command: Any, context: Any) -> str:
     """One command: its example, then its help without it."""
-    name, epilog = command.name, command.epilog  # type: ignore[attr-defined]
-    text = command.get_help(_context(command, name, root)).rstrip()  # type: ignore[attr-defined]
+    text = command.get_help(context).rstrip()
     helped = text.removesuffix(text[text.rindex("  Example: ") :]).rstrip()
-    example = epilog.removeprefix("Example: ")
+    example = command.epilog.removeprefix("Example: ")
     return f"## isimed {name}\n\n```sh\n{example}\n```\n\n```text\n{helped}\n```\n"
 
 

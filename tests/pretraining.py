@@ -20,6 +20,7 @@ OBLIQUE = np.array([[1.8, -0.3, 0.1, -40.0], [0.4, 1.9, -0.2, 12.0], [0.0, 0.3, 
 def config(**changes: Any) -> PretrainConfig:
     """A configuration that trains in well under a second: three steps of two scans, two epochs."""
     small = PretrainConfig(
+        network="valid",
         width=2,
         embedding_dim=4,
         descriptor_dim=4,

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from isimed_index.config import Preset, PretrainConfig, from_mapping, pretrain_config
+from isimed_index.config import Method, Preset, PretrainConfig, from_mapping, pretrain_config
 from isimed_index.errors import ConfigError
 
 
@@ -56,10 +56,29 @@ def test_the_paper_preset_has_the_papers_numbers() -> None:
     assert (a.rotation_deg, a.scale, a.curve_probability, a.bias, a.noise) == (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
+def test_a_method_is_laid_over_its_preset_and_under_everything_else(tmp_path: Path) -> None:
+    assert pretrain_config("paper").views_per_crop == 1
+    asked = pretrain_config("paper", None, {"method": "simclr"})
+    assert (asked.method, asked.views_per_crop, asked.augmentation.shuffle_probability) == ("simclr", 2, 0.8)
+    assert asked.augmentation.rotation_deg == 0.0  # the preset's own, below it
+    assert pretrain_config("paper", toml(tmp_path, "method = 'simclr'")) == asked
+    file = toml(tmp_path, "method = 'simclr'\n[augmentation]\nshuffle_probability = 0.5\n")
+    assert pretrain_config("paper", file).augmentation == replace(asked.augmentation, shuffle_probability=0.5)
+    assert pretrain_config("paper", file, {"method": "isimed"}).augmentation.holes is False
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_every_preset_resolves_for_every_method(preset: str, method: str) -> None:
+    assert pretrain_config(preset, None, {"method": method}).method == method
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("epoch = 3", "epoch"),
+        ("methods = 3", "methods"),
+        ("method = 3", "method"),
         ("[augmentation]\nflip = 0.5", "augmentation.flip"),
         ("augmentation = 3", "augmentation"),
         ("epochs = 3.0", "epochs"),
@@ -86,6 +105,11 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"warmup_steps": -1},
         {"seed": -1},
         {"views_per_crop": 3},
+        {"near_crops": 1.5},
+        {"border_probability": -0.1},
+        {"places": "box", "near_crops": 0.2},
+        {"places": "box", "border_probability": 0.2},
+        {"sampler_threads": -1},
         {"view_vox": 54},
         {"view_vox": 28},
         {"view_vox": 32},
@@ -95,7 +119,13 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"learning_rate": math.nan},
         {"learning_rate": math.inf},
         {"spacing_mm": -2.0},
-        {"temperature": 0.0},
+        {"descriptor_temperature": 0.0},
+        {"simclr_temperature": 0.0},
+        {"huber": -1.0},
+        {"redundancy_weight": -0.1},
+        {"barlowtwins_weight": math.inf},
+        {"method": "simclr", "views_per_crop": 1},
+        {"network": "densenet121", "method": "simclr"},
         {"decay": 0.0},
         {"decay": math.nan},
         {"distance_weight": math.nan},
@@ -112,6 +142,10 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"distance_weight": 0.0, "coordinate_weight": 0.0, "descriptor_weight": 0.0},
         {"augmentation": {"noise": -0.1}},
         {"augmentation": {"rotation_deg": math.inf}},
+        {"augmentation": {"shift_vox": -1.0}},
+        {"augmentation": {"slices_probability": 1.2}},
+        {"augmentation": {"thickest_vox": 0.5}},
+        {"augmentation": {"shuffle_probability": 1.1}},
         {"augmentation": {"curve_probability": 1.5}},
         {"augmentation": {"invert_probability": -0.5}},
     ],

@@ -17,8 +17,9 @@ SIGNATURES = {
     "add": "paths, labels=None, label_names=None, metadata=None, subject_from=None, spacing_mm=None, workers=1, "
     "progress=None, surrogate_key=None, volume=None, surrogate_ids=False, keep_source=False, allow_burned_in=False, "
     "layout='auto', thumbnails=None, analyze_axes=None",
-    "pretrain": "method='isimed', preset='default', config=None, epochs=None, batch_scans=None, "
-    "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None",
+    "pretrain": "method=None, preset='default', config=None, epochs=None, batch_scans=None, "
+    "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None, "
+    "tensorboard=None, wandb=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
     "max_ram=None, progress=None",
     "keep": "matches, question",
@@ -31,6 +32,7 @@ SIGNATURES = {
     "sql": "query, params=None, timeout_s=30.0",
     "scans": "",
     "encoders": "",
+    "encoder": "encoder=None",
     "log": "",
     "info": "",
     "evaluate": "encoder=None, where=None, label_where=None, pairs=60, seed=0, progress=None",
@@ -38,6 +40,8 @@ SIGNATURES = {
     "export": "out, layout='parquet', where=None, encoder=None, voxels=False, vectors=False, progress=None",
     "export_scan": "scan, out=None, labels=None, force=False",
     "import_": "path, card=None, space='ras', scans=None, progress=None",
+    "export_encoder": "encoder, out",
+    "import_encoder": "path, card=None, name=None",
     "embeddings": "where=None, encoder=None, output=None",
     "delete": "where, what='scans', dry_run=False",
     "delete_encoder": "encoder, dry_run=False",
@@ -70,10 +74,10 @@ def test_exported_names():
 
 
 def test_open_and_create():
-    assert signature(isimed_index.open) == "path, mode='a', generation=None, tag=None"
+    assert signature(isimed_index.open) == "path, mode='a', generation=None, tag=None, trust=None"
     assert signature(isimed_index.check) == "path, read=0.0, progress=None, phi=False, phi_list=None"
     assert signature(isimed_index.repair) == "path, progress=None"
-    assert signature(isimed_index.create) == "path"
+    assert signature(isimed_index.create) == "path, trust=None"
 
 
 def test_store_methods_and_signatures():

@@ -52,7 +52,13 @@ def faults(line: str) -> list[str]:
     _, name, *words = line.split()
     if name not in COMMANDS:
         return [name]
-    parameters = COMMANDS[name].params
+    command = COMMANDS[name]
+    if hasattr(command, "commands"):  # a group: its verb comes next
+        verb, *words = words or ["--help"]
+        if verb not in command.commands:
+            return [] if verb == "--help" else [verb]
+        command = command.commands[verb]
+    parameters = command.params
     known = {"--help", "-h"} | {option for parameter in parameters for option in parameter.opts}
     wrong = [word for word in words if word.startswith("-") and word[1:2].isalpha() | (word[1:2] == "-")]
     wrong = [word for word in wrong if word.split("=")[0] not in known]
@@ -90,6 +96,9 @@ def test_a_command_that_a_message_names_exists(line: str) -> None:
         ("run isimed index again, or isimed bogus", ["bogus"]),
         ("isimed add --labels PATTERN PATH, then isimed index --strid 3", ["--strid"]),
         ("isimed ls encoders", []),
+        ("isimed encoders eject", ["eject"]),
+        ("isimed encoders show --whole", ["--whole"]),
+        ("isimed encoders import FILE --card FILE", []),
         ("isimed add PATH, or widen --where", []),
         ("isimed query --point 24.4,-22.3,-21.0 --scan sub-13_T1w -k 5", []),
     ],

@@ -102,6 +102,16 @@ OutOption = Annotated[
     ),
 ]
 
+TrustOption = Annotated[
+    str | None,
+    typer.Option(
+        "--trust",
+        metavar="CODE",
+        envvar="ISIMED_TRUST",
+        help="Code of others that an encoder may run: packages, or PACKAGE.MODULE:CALLABLE, with commas between.",
+    ),
+]
+
 _EVERYWHERE: dict[str, tuple[Any, Any]] = {
     "quiet": (QuietOption, False),
     "verbose": (VerboseOption, False),
@@ -111,12 +121,23 @@ _EVERYWHERE: dict[str, tuple[Any, Any]] = {
 _STORE: dict[str, tuple[Any, Any]] = {"store": (StoreOption, "cohort.isimed")}
 _ROWS: dict[str, tuple[Any, Any]] = {"output_format": (FormatOption, None), "as_json": (JsonOption, False)}
 _OUT: dict[str, tuple[Any, Any]] = {"out": (OutOption, None)}
+_TRUST: dict[str, tuple[Any, Any]] = {"trust": (TrustOption, None)}
 
 _NAME_A_STORE = "name a store by -s DIR or ISIMED_STORE (default ./cohort.isimed), or make one: isimed add -s DIR PATH"
 
 _UPKEEP = ("tag", "restore", "delete", "purge", "compact", "gc", "check", "repair", "export", "import", "doctor")
 # The order of `isimed --help`: the path of a working session; a command that is not named here comes last.
-ORDER = ("add", "pretrain", "index", "query", "sql", "evaluate", "plot", "info", "ls", "log", *_UPKEEP, "demo")
+_LOOKS = ("evaluate", "plot", "info", "ls", "log", "encoders")
+ORDER = ("add", "pretrain", "index", "query", "sql", *_LOOKS, *_UPKEEP, "demo")
+
+
+class Verbs(TyperGroup):
+    """The verbs of one noun, in the order in which they were registered; without one, the help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`isimed NOUN` is `isimed NOUN --help`."""
+        parsed: list[str] = super().parse_args(ctx, args or ["--help"])
+        return parsed
 
 
 class InOrder(TyperGroup):
@@ -149,6 +170,9 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_groups: dict[str, typer.Typer] = {}  # by name
+
+
 @app.callback()
 def top(
     version: Annotated[
@@ -169,6 +193,10 @@ class Session:
     verbose: bool = False
     no_progress: bool = False
     debug: bool = False
+    trust: str | None = None  # code of others that encoders may run; None: the library's default, ISIMED_TRUST
+
+    def _trusting(self) -> dict[str, Any]:
+        return {} if self.trust is None else {"trust": self.trust}
 
     def open(self, mode: Literal["r", "a"] = "r") -> Store:
         """Open the store; `StoreNotFound` (exit 10) when there is none."""
@@ -176,7 +204,7 @@ class Session:
         from isimed_index.errors import StoreNotFound
 
         try:
-            return isimed_index.open(self.store, mode=mode)
+            return isimed_index.open(self.store, mode=mode, **self._trusting())
         except StoreNotFound as error:
             raise StoreNotFound(error.message, next_step=_NAME_A_STORE) from None
 
@@ -186,13 +214,15 @@ class Session:
         from isimed_index.errors import StoreNotFound, UsageError
 
         try:
-            return isimed_index.open(self.store, mode="a")
+            return isimed_index.open(self.store, mode="a", **self._trusting())
         except StoreNotFound:
             try:
-                store = isimed_index.create(self.store)
+                store = isimed_index.create(self.store, **self._trusting())
             except UsageError:
                 with suppress(StoreNotFound):
-                    return isimed_index.open(self.store, mode="a")  # another process has just made it
+                    return isimed_index.open(
+                        self.store, mode="a", **self._trusting()
+                    )  # another process has just made it
                 raise
         self.note(f"new store {self.store}")
         return store
@@ -211,6 +241,18 @@ class Session:
             yield shown
 
 
+def group(name: str, about: str) -> None:
+    """Make `isimed NAME VERB …` possible: `command("NAME VERB", …)` registers the verbs."""
+    _groups[name] = typer.Typer(
+        name=name,
+        cls=Verbs,
+        help=about,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["--help", "-h"]},  # the prefix of variables grows by the group's name
+    )
+    app.add_typer(_groups[name])
+
+
 def command(
     name: str,
     *,
@@ -218,14 +260,18 @@ def command(
     store: bool = True,
     rows: bool = False,
     out: bool = False,
+    encodes: bool = False,
     cls: type[TyperCommand] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register `function(session, …)` as the command `name`.
+    """Register `function(session, …)` as the command `name`, or as `verb` of a group by the name `group verb`.
 
     Its own parameters come first, then the shared options: `store` adds -s, `rows` adds --format and --json, `out`
-    adds --out. `example` is one true command line, shown at the end of --help and in the reference.
+    adds --out, `encodes` adds --trust. `example` is one true command line, shown at the end of --help and in the
+    reference.
     """
-    shared = {**(_STORE if store else {}), **(_ROWS if rows else {}), **(_OUT if out else {}), **_EVERYWHERE}
+    shared = {**(_STORE if store else {}), **(_ROWS if rows else {}), **(_OUT if out else {})}
+    shared |= {**(_TRUST if encodes else {}), **_EVERYWHERE}
+    *above, own_name = name.split()
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -241,7 +287,8 @@ def command(
         run.__doc__, run.__name__ = function.__doc__, function.__name__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name, epilog=f"Example: {example}", cls=cls)(run)
+        where = _groups[above[0]] if above else app
+        where.command(own_name, epilog=f"Example: {example}", cls=cls)(run)
         return function
 
     return register
@@ -264,9 +311,9 @@ def _run(function: Callable[..., None], shared: dict[str, Any], own: dict[str, A
             session.note(f"wrote {session.out}")
     except IsimedError as error:
         _fail(session, error.line(), error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = "run the same command again (pretrain: with --resume)"
-        line = f"error[interrupted]: stopped before the end; what was committed stays. Next: {again}"
+        line = f"error[interrupted]: {stop or 'stopped before the end; what was committed stays'}. Next: {again}"
         _fail(session, line, INTERRUPTED)
     except BrokenPipeError:
         raise typer.Exit(0) from None  # the reader left (`| head`): it has what it wanted

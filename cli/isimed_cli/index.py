@@ -7,14 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from isimed_cli.app import Format, Session, command
-from isimed_cli.options import DeviceOption, EncoderOption, PathsOption, ReportOption, WhereOption, parse_bytes
+from isimed_cli.options import DeviceOption, PathsOption, ReportOption, WhereOption, parse_bytes
 
 
-@command("index", example="isimed index --stride 8 --min-recall 0.98", rows=True)
+@command("index", example="isimed index --stride 8 --min-recall 0.98", rows=True, encodes=True)
 def index(
     session: Session,
     paths: PathsOption = None,
-    encoder: EncoderOption = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|ID|DIR", help="Encoder of the store, or an exported one; the newest by default."),
+    ] = None,
     stride: Annotated[
         float | None, typer.Option(metavar="MM", min=0.1, help="Distance of patches; the encoder's own by default.")
     ] = None,

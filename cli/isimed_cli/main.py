@@ -16,6 +16,7 @@ from isimed_cli import (
     check,
     demo,
     doctor,
+    encoders,
     evaluate,
     exchange,
     index,
@@ -31,7 +32,10 @@ from isimed_cli.app import INTERRUPTED, app
 __all__ = ["app", "main"]
 
 # Importing a module registers its commands.
-COMMANDS = (add, register, pretrain, index, query, sql, store, evaluate, plot, change, check, exchange, doctor, demo)
+COMMANDS = (
+    *(add, register, pretrain, encoders, index, query, sql, store, evaluate, plot),
+    *(change, check, exchange, doctor, demo),
+)
 
 # By kind of a validator's error: what was expected, and what was found.
 _EXPECTED = {

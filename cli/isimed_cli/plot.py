@@ -29,7 +29,9 @@ class Figure(StrEnum):
     TRAINING = "training"
 
 
-@command("plot", example="isimed plot match --point 24.4,-22.3,-21.0 --scan sub-13_T1w -k 3 --out match.png")
+@command(
+    "plot", example="isimed plot match --point 24.4,-22.3,-21.0 --scan sub-13_T1w -k 3 --out match.png", encodes=True
+)
 def plot(
     session: Session,
     figure: Annotated[Figure, typer.Argument(help="What to draw.")],

@@ -12,7 +12,13 @@ from isimed_cli.app import Session, command
 from isimed_cli.options import EncoderOption, PointOption, SameSubject, ScanOption, Space, SpaceOption, WhereOption
 
 
-@command("query", example="isimed query --point 24.4,-22.3,-21.0 --scan sub-13_T1w -k 5", rows=True, out=True)
+@command(
+    "query",
+    example="isimed query --point 24.4,-22.3,-21.0 --scan sub-13_T1w -k 5",
+    rows=True,
+    out=True,
+    encodes=True,
+)
 def query(
     session: Session,
     point: PointOption,

@@ -65,7 +65,9 @@ def plain_consensus(source: Described, target: Described, points_mm: Points, *, 
 
 def _likeness(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
     """Minus the squared distance of every two vectors (n, m); for unit vectors it orders as their cosine does."""
-    likeness: NDArray[np.float32] = 2 * a @ b.T - (a**2).sum(axis=1)[:, None] - (b**2).sum(axis=1)
+    likeness: NDArray[np.float32] = a @ (2 * b).T
+    likeness -= (a**2).sum(axis=1)[:, None]
+    likeness -= (b**2).sum(axis=1)
     return likeness
 
 

@@ -1,10 +1,15 @@
-"""Draw batches of views from a cohort; the batch of a step depends on the seed and the step alone."""
+"""Draw batches of views from a cohort: what a scan shows depends on the seed, the step and its place in the batch.
+
+So the processes of a training draw a batch together, each its share of the scans, and every thread draws a step of
+its own, ahead of the training, in any order.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +18,16 @@ from numpy.typing import NDArray
 
 from isimed_index.config import PretrainConfig
 from isimed_index.errors import UsageError
-from isimed_index.pretrain.views import WorkingVolume, cut, random_pose, recolour, view_affine
-from isimed_index.scans.prepare import Volume
-from isimed_index.space import apply_affine
+from isimed_index.pretrain.cohort import Cohort, Source, TrainingScan
+from isimed_index.pretrain.holes import disturbed
+from isimed_index.pretrain.views import cut, random_pose, reach, recolour, view_affine
+from isimed_index.space import Affine, apply_affine
 
-Source = Callable[[], Volume]  # reads and prepares one scan
-_GIB = 2**30
-_JITTER_VOX = 4.0  # how far the two views of a place are shifted against each other
+__all__ = ["Batch", "Cohort", "Source", "batches", "draw"]
+
+NEAR_MM = 40.0  # how far a near crop is centred from another at most
+_HALF_PATCH_VOX = 16.0
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,8 @@ class Batch:
     """Views of one step: images (v, 1, s, s, s), view voxel → mm (v, 4, 4), and the scan and the crop of each view.
 
     Views of one crop stand next to each other. The millimetres are the patient's own, or, for pairs across scans,
-    measured from each scan's foreground centroid.
+    measured from each scan's foreground centroid. Scans and crops are numbered in the whole batch, of which a process
+    may hold a share.
     """
 
     images: torch.Tensor
@@ -36,64 +45,82 @@ class Batch:
     crop_of: NDArray[np.int64]
 
 
-class Cohort:
-    """The training scans, prepared when first needed and kept in memory up to a budget."""
+def draw(cohort: Cohort, config: PretrainConfig, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
+    """The batch of one step, or what process `rank` of `world` draws of it, `share=(rank, world)`: every world-th scan.
 
-    def __init__(self, sources: Sequence[Source], budget_bytes: int) -> None:
-        if not sources:
-            raise UsageError("there is no scan to train on", next_step="isimed add PATH, or widen --where")
-        self._sources = sources
-        self._budget = budget_bytes
-        self._kept: OrderedDict[int, WorkingVolume] = OrderedDict()
-        self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def volume(self, number: int) -> WorkingVolume:
-        """The working volume of one scan, values as float16."""
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        prepared = self._sources[number]()
-        foreground = np.argwhere(prepared.foreground).astype(np.int16)
-        if not len(foreground):  # a scan without contrast: views are centred anywhere
-            foreground = np.argwhere(np.ones_like(prepared.foreground)).astype(np.int16)
-        volume = WorkingVolume(
-            torch.tensor(prepared.values, dtype=torch.float16), prepared.affine, prepared.background, foreground
+    The scans of an epoch are a random permutation, so that every scan is seen.
+    """
+    rank, world = share
+    if not 0 <= rank < world <= config.batch_scans:
+        raise UsageError(
+            f"expected a scan of each batch for each of {world} processes, found batch_scans {config.batch_scans}",
+            next_step=f"set batch_scans to {world} or more, or start fewer processes",
         )
-        self._kept[number] = volume
-        self._bytes += _size(volume)
-        while self._bytes > self._budget and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
-        return volume
-
-
-def _size(volume: WorkingVolume) -> int:
-    return volume.values.numel() * 2 + volume.foreground_vox.nbytes
-
-
-def draw(cohort: Cohort, config: PretrainConfig, step: int) -> Batch:
-    """The batch of one step; the scans of an epoch are a random permutation, so that every scan is seen."""
-    rng = np.random.default_rng([config.seed, 0, step])
+    numbers = _scans_of(len(cohort), config, step)
     images, affines, scan_of, crop_of = [], [], [], []
-    for place, number in enumerate(_scans_of(len(cohort), config, step)):
-        volume = cohort.volume(number)
-        to_mm = volume.affine.copy()
-        if config.pairs == "all":
-            to_mm[:3, 3] -= apply_affine(volume.affine, volume.foreground_vox.mean(axis=0))
-        for crop in range(config.crops_per_scan):
-            centre = volume.foreground_vox[rng.integers(len(volume.foreground_vox))].astype(np.float64)
-            for _ in range(config.views_per_crop):
-                pose = random_pose(rng, config.augmentation)
-                # A view has an even number of voxels: centred between two, a still one lies on voxels, as patches do.
-                shift = rng.uniform(-_JITTER_VOX, _JITTER_VOX, 3) if config.views_per_crop == 2 else np.full(3, 0.5)
-                view = cut(volume, centre + shift, pose, config.view_vox)
-                images.append(recolour(view, rng, config.augmentation))
-                affines.append(to_mm @ view_affine(centre + shift, pose, config.view_vox))
-                scan_of.append(place)
-                crop_of.append(place * config.crops_per_scan + crop)
+    for place in range(rank, config.batch_scans, world):
+        shown, to_mm = _views(cohort.scan(numbers[place]), config, np.random.default_rng([config.seed, 0, step, place]))
+        images += shown
+        affines += to_mm
+        scan_of += [place] * len(shown)
+        crop_of += np.repeat(
+            place * config.crops_per_scan + np.arange(config.crops_per_scan), config.views_per_crop
+        ).tolist()
     return Batch(torch.stack(images)[:, None], np.stack(affines), np.array(scan_of), np.array(crop_of))
+
+
+def _views(
+    scan: TrainingScan, config: PretrainConfig, rng: np.random.Generator
+) -> tuple[list[torch.Tensor], list[Affine]]:
+    """The views of one scan, those of a crop next to each other, and for each view voxel → mm."""
+    a, side = config.augmentation, config.view_vox
+    placed = []
+    for centre in _centres(scan, config, rng):
+        for _ in range(config.views_per_crop):
+            pose = random_pose(rng, a)
+            shift = rng.uniform(-a.shift_vox, a.shift_vox, 3) if config.views_per_crop == 2 else np.zeros(3)
+            if (
+                not shift.any()
+            ):  # a side is even: centred between two voxels, a still view lies on voxels, as patches do
+                shift = np.full(3, 0.5)
+            placed.append(view_affine(centre + shift, pose, side))
+    windows = scan.windows([reach(to_volume, side, scan.shape) for to_volume in placed])
+    images = []
+    for window, to_volume in zip(windows, placed, strict=True):
+        view = recolour(cut(window, to_volume, side), rng, a)
+        images.append(disturbed(view, rng, a, scan.background))
+    to_mm = scan.affine.copy()
+    if config.pairs == "all":
+        to_mm[:3, 3] -= apply_affine(scan.affine, scan.centroid_vox)
+    return images, [to_mm @ to_volume for to_volume in placed]
+
+
+def _centres(scan: TrainingScan, config: PretrainConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Where the crops of a scan are centred, (crops, 3) voxels."""
+    centres = np.empty((config.crops_per_scan, 3))
+    for crop in range(config.crops_per_scan):
+        if config.places == "box":
+            centres[crop] = _in_box(scan, config.view_vox, rng)
+            continue
+        inside = scan.foreground_vox
+        if crop and config.near_crops and rng.random() < config.near_crops:
+            apart = (inside - centres[rng.integers(crop)]) @ scan.affine[:3, :3].T
+            near = inside[np.square(apart).sum(axis=1) <= NEAR_MM**2]
+            inside = near if len(near) else inside
+        centres[crop] = inside[rng.integers(len(inside))]
+        if config.border_probability and rng.random() < config.border_probability:
+            towards = rng.normal(size=3)
+            towards *= _HALF_PATCH_VOX * np.cbrt(rng.random()) / np.linalg.norm(towards)  # even within a ball
+            centres[crop] = np.clip(np.rint(centres[crop] + towards), 0, np.array(scan.shape) - 1)
+    return centres
+
+
+def _in_box(scan: TrainingScan, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """The centre of a cube that lies inside the box of the foreground; in its middle where the box is too small."""
+    first, after = scan.body_vox
+    room = after - first - side
+    start = first + np.where(room > 0, rng.integers(0, np.maximum(room, 0) + 1), room // 2)
+    return np.asarray(start + side / 2 - 1)
 
 
 def _scans_of(scans: int, config: PretrainConfig, step: int) -> NDArray[np.int64]:
@@ -105,12 +132,22 @@ def _scans_of(scans: int, config: PretrainConfig, step: int) -> NDArray[np.int64
     return order[start : start + config.batch_scans]
 
 
-def batches(cohort: Cohort, config: PretrainConfig, steps: range) -> Iterator[Batch]:
-    """The batches of `steps`, each drawn in a background thread while the one before is learned from."""
-    with ThreadPoolExecutor(1, thread_name_prefix="sampler") as pool:
-        coming = deque(pool.submit(draw, cohort, config, step) for step in steps[:1])
-        for step in steps:
-            batch = coming.popleft().result()
-            if step + 1 in steps:
-                coming.append(pool.submit(draw, cohort, config, step + 1))
-            yield batch
+def batches(
+    cohort: Cohort, config: PretrainConfig, steps: range, share: tuple[int, int] = (0, 1)
+) -> Generator[Batch, None, None]:
+    """The batches of `steps` in order, drawn ahead by `sampler_threads` background threads, one step each.
+
+    An error while drawing is raised where its batch is asked for. Close the iterator (`contextlib.closing`) where it is
+    not used up: steps that are being drawn are finished, others are not begun, and no thread is left.
+    """
+    threads = config.sampler_threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+    ahead = threads + 1  # one is ready while every thread is at work
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler")
+    try:
+        coming: deque[Future[Batch]] = deque()
+        for begun, _ in enumerate(steps):
+            while len(coming) <= ahead and begun + len(coming) < len(steps):
+                coming.append(pool.submit(draw, cohort, config, steps[begun + len(coming)], share))
+            yield coming.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,12 +1,17 @@
-"""The training loop: batches in, an encoder card and its weights out."""
+"""The training loop: batches in, an encoder card and its weights out.
+
+sampler ─▶ forward ─▶ losses ─▶ optimiser ─▶ (moving average)    a step
+                   after every epoch: figures, validation ─▶ records, best weights
+after every epoch and few minutes, and when stopped: checkpoint
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,20 +19,25 @@ import torch
 
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders.card import EncoderCard
-from isimed_index.encoders.networks import Network, build_network
+from isimed_index.encoders.networks import Network, PatchDenseNet121, StemNet, ValidNet, build_network
 from isimed_index.encoders.runtime import choose_device
-from isimed_index.errors import TrainingDiverged, TrainingWarning
+from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint
-from isimed_index.pretrain.monitor import collapse_warning, spread
-from isimed_index.pretrain.objective import Losses, joint_loss
-from isimed_index.pretrain.sampler import Cohort, Source, batches
+from isimed_index.pretrain.forward import Forward
+from isimed_index.pretrain.methods import Losses, build_method, metric_of, outputs_of
+from isimed_index.pretrain.monitor import collapse_warning
+from isimed_index.pretrain.processes import ALONE, Processes
+from isimed_index.pretrain.records import Record, Watchers, open_records, plain
+from isimed_index.pretrain.sampler import Batch, Cohort, Source, batches
+from isimed_index.pretrain.schedule import epoch_steps, learning_rate
+from isimed_index.pretrain.state import State
+from isimed_index.pretrain.stopping import asked_to_stop
+from isimed_index.pretrain.validation import Validation, split
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.prepare import Intensity
 
-_FACTORY = {
-    "valid": "isimed_index.encoders.networks:ValidNet",
-    "densenet121": "isimed_index.encoders.networks:PatchDenseNet121",
-}
+_NETWORKS: dict[str, type[Network]] = {"stem": StemNet, "valid": ValidNet, "densenet121": PatchDenseNet121}
+_STRIDE_VOX = 4  # of the lattice of a network that takes single patches, wherever they lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +51,21 @@ class Trained:
 
 def new_card(config: PretrainConfig, name: str, preset: str) -> EncoderCard:
     """The card of an encoder that is about to be trained; its weights have no hash yet."""
-    outputs = {"embedding": config.embedding_dim}
-    network: dict[str, int] = {}
-    if config.network == "valid":
-        network["width"] = config.width
-        if config.coordinate_weight > 0:
-            outputs["position"] = 3
-        if config.descriptor_weight > 0:
-            outputs["descriptor"] = config.descriptor_dim
+    outputs = outputs_of(config)
+    network = {"width": config.width} if config.network != "densenet121" else {}
+    kind = _NETWORKS[config.network]
     match_output = "descriptor" if "descriptor" in outputs else "embedding"
     return EncoderCard(
         name=name,
-        factory=_FACTORY[config.network],
+        factory=f"{kind.__module__}:{kind.__qualname__}",
         network=network,
         weights_sha256=None,
-        patch_vox=32,
-        stride_vox=4,
+        patch_vox=kind.patch,
+        stride_vox=kind.stride if kind.exactly_convolutional else _STRIDE_VOX,
         spacing_mm=config.spacing_mm,
         outputs=outputs,
         match_output=match_output,
-        metric="cosine" if match_output == "descriptor" else "l2",
+        metric=metric_of(config),
         intensity=intensity_of(config),
         training={"preset": preset, **asdict(config)},
     )
@@ -78,116 +83,194 @@ def train(
     sources: Sequence[Source],
     directory: Path,
     *,
+    subjects: Sequence[str] | None = None,
     name: str = "encoder",
     preset: str = "default",
     device: str = "auto",
     resume: bool = False,
+    watchers: Watchers | None = None,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train an encoder on the scans behind `sources`; checkpoints and metrics go to `directory` after every epoch.
+    """Train an encoder on the scans behind `sources`; checkpoints and metrics go to `directory`.
 
-    The result depends on the configuration, the order of the sources and the machine's arithmetic alone. `resume` goes
-    on from the last checkpoint in `directory` and ends as an uninterrupted run does.
+    The result depends on the configuration, the order of the sources and the machine's arithmetic alone. `subjects`
+    says whose scan each source is; validation needs it. `resume` goes on from the last checkpoint in `directory` and
+    ends as an uninterrupted run does. Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt.
     """
-    progress = progress or Silent()
     on = choose_device(device)
+    if on.type == "cuda" and processes.world > 1:
+        on = torch.device("cuda", processes.local)
     card = new_card(config, name, preset)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
+    cohort, held_out = _cohorts(config, sources, subjects, processes)
+    with ExitStack() as stack:
+        # The caller's random numbers stay what they were.
+        stack.enter_context(torch.random.fork_rng(devices=[on] if on.type == "cuda" else []))
         torch.manual_seed(config.seed)
         network = build_network(card.factory, card.outputs, card.network).to(on)
-    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    cohort = Cohort(sources, int(config.cache_gib * 2**30))
-    per_epoch = config.steps_per_epoch or math.ceil(len(cohort) / config.batch_scans)
-    total = per_epoch * config.epochs
-    first = checkpoint.load(directory, network, optimiser, config) if resume else 0
-    if not resume:
-        checkpoint.discard(directory)
-    metrics = directory / checkpoint.METRICS
-    _keep_epochs(metrics, first // per_epoch)
-
-    progress.start("pretrain", total, "steps")
-    progress.advance(first)
-    network.train()
-    began, sums = time.monotonic(), dict[str, float]()
-    for step, batch in zip(range(first, total), batches(cohort, config, range(first, total)), strict=True):
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * _rate(config, step, per_epoch, total)
-        images = batch.images.to(on, memory_format=torch.channels_last_3d)
-        with torch.autocast(on.type, torch.bfloat16, enabled=_half(config, on)):
-            outputs = network(images)
-        losses = joint_loss(outputs, batch, network, config, step)
-        _descend(losses, network, optimiser, config, step)
-        terms = {"loss": losses.total, **losses.terms}
-        for key, value in terms.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach())
-        done = step % per_epoch + 1
-        patches = len(batch.images) * outputs["embedding"][0, 0].numel()
-        rate = patches * (step + 1 - first) / (time.monotonic() - began)
-        progress.advance(1, f"loss {sums['loss'] / done:.3f} · {rate:,.0f} patches/s")
-        if done == per_epoch:
-            _end_epoch(step, per_epoch, sums, losses, rate, metrics, config)
-            sums = {}
-            checkpoint.save(directory, network, optimiser, step + 1, config)
-    progress.finish()
-    return Trained(card, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}, metrics)
+        method = build_method(config, network)
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        processes.convert(network)
+        forward = Forward(config, network, method, on, processes)
+        learned = torch.nn.ModuleDict({"network": network, "method": method})
+        state = State.new(learned.train(), config, epoch_steps(config, len(cohort)))
+        run = _begin(state, directory, config, processes, resume=resume)
+        records: list[Record] = []
+        metrics = directory / checkpoint.METRICS
+        if processes.first:
+            done = state.step // epoch_steps(config, len(cohort))
+            records = open_records(
+                metrics, watchers or Watchers(), name=name, run=run, settings=card.training, epochs=done
+            )
+        for record in records:
+            stack.callback(record.close)
+        validation = Validation(config, held_out, forward) if held_out else None
+        loop = _Loop(config, forward, state, validation, records, directory)
+        loop.run(cohort, progress if progress and processes.first else Silent())
+    stored = state.best.weights or state.weights()
+    return Trained(card, {key: value.detach().cpu().clone() for key, value in stored.items()}, metrics)
 
 
-def _descend(losses: Losses, network: Network, optimiser: torch.optim.AdamW, config: PretrainConfig, step: int) -> None:
-    if not torch.isfinite(losses.total):
-        raise TrainingDiverged(
-            f"the loss became {losses.total.item()} at step {step}",
-            next_step="lower learning_rate and start again; the same run would diverge again",
+def _cohorts(
+    config: PretrainConfig, sources: Sequence[Source], subjects: Sequence[str] | None, processes: Processes
+) -> tuple[Cohort, Cohort | None]:
+    """The scans to train on, and those held out; the memory for them is shared by their numbers."""
+    if config.batch_scans % processes.world:
+        raise UsageError(
+            f"expected batch_scans as a multiple of the {processes.world} processes, found {config.batch_scans}",
+            next_step=f"--batch-scans {processes.world * -(-config.batch_scans // processes.world)}",
         )
-    optimiser.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]
-    if config.clip_norm:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
-    optimiser.step()
+    budget = config.cache_gib * 2**30
+    if not config.validation_share:
+        return Cohort(sources, int(budget)), None
+    if subjects is None or len(subjects) != len(sources):
+        raise UsageError("expected the subject of every scan, for validation_share holds out subjects")
+    chosen, held = split(subjects, config.validation_share, config.seed)
+    return (
+        Cohort([sources[row] for row in chosen], int(budget * len(chosen) / len(sources))),
+        Cohort([sources[row] for row in held], int(budget * len(held) / len(sources))),
+    )
 
 
-def _end_epoch(
-    step: int,
-    per_epoch: int,
-    sums: dict[str, float],
-    losses: Losses,
-    rate: float,
-    metrics: Path,
-    config: PretrainConfig,
-) -> None:
-    figures = spread(losses.embeddings, losses.centres_mm, losses.scan_of, config.unit_mm)
-    warning = collapse_warning(figures)
-    if warning:
-        warnings.warn(warning, TrainingWarning, stacklevel=3)
-    entry: dict[str, float | None] = {"epoch": step // per_epoch + 1, "step": step + 1, "patches_per_s": round(rate, 1)}
-    entry |= {key: round(value / per_epoch, 6) for key, value in sums.items()}
-    entry |= {key: round(value, 6) if math.isfinite(value) else None for key, value in figures.items()}
-    with metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def _begin(state: State, directory: Path, config: PretrainConfig, processes: Processes, *, resume: bool) -> str:
+    """Go on from the last checkpoint, or note that a run begins; returns the run's name."""
+    if resume:
+        run = checkpoint.begun(directory, config)
+        if not state.load(directory) and processes.first:
+            text = "the training was stopped before its first checkpoint was written; it starts from the beginning"
+            warnings.warn(text, TrainingWarning, stacklevel=3)
+        return run
+    if processes.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        return processes.from_first(checkpoint.begin(directory, config))
+    return processes.from_first("")
 
 
-def _keep_epochs(metrics: Path, epochs: int) -> None:
-    """Drop what a metrics file says of epochs that will be done again; one line is one epoch."""
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if epochs and metrics.exists() else []
-    metrics.write_text("".join(lines[:epochs]), encoding="utf-8")
+class _Loop:
+    """Steps and epochs of one run."""
 
+    def __init__(
+        self,
+        config: PretrainConfig,
+        forward: Forward,
+        state: State,
+        validation: Validation | None,
+        records: Sequence[Record],
+        directory: Path,
+    ) -> None:
+        self.config = config
+        self.forward = forward
+        self.processes = forward.processes
+        self.state = state
+        self.validation = validation
+        self.records = records
+        self.directory = directory
+        self.per_epoch = 0
 
-def _rate(config: PretrainConfig, step: int, per_epoch: int, total: int) -> float:
-    """The learning rate of a step as a share of the configured one."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "exponential":
-        return warm * float(config.decay ** (step // per_epoch))
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    def run(self, cohort: Cohort, progress: Progress) -> None:
+        """Take all steps that are left; `KeyboardInterrupt`, after a checkpoint, when asked to stop."""
+        config, state = self.config, self.state
+        self.per_epoch = epoch_steps(config, len(cohort))
+        total = self.per_epoch * config.epochs
+        steps = range(state.step, total if not self._given_up() else state.step)
+        share = (self.processes.rank, self.processes.world)
+        progress.start("pretrain", len(steps), "steps")
+        drawn = batches(cohort, config, steps, share=share)
+        with asked_to_stop(patient=self.processes.world > 1) as asked, closing(drawn):
+            began, first = time.monotonic(), state.step
+            saved = began
+            for step, batch in zip(steps, drawn, strict=True):
+                patches = self._step(batch, step)
+                rate = patches * (step + 1 - first) / (time.monotonic() - began)
+                progress.advance(1, self._note(rate))
+                ended = state.step % self.per_epoch == 0
+                if ended:
+                    self._end_epoch(rate)
+                    began, first = time.monotonic(), state.step
+                stop = self.processes.any(asked()) and state.step < total
+                if ended or stop or time.monotonic() - saved >= 60 * config.checkpoint_minutes:
+                    if self.processes.first:
+                        state.save(self.directory)
+                    saved = time.monotonic()
+                if self._given_up():
+                    break
+                if stop:
+                    self.processes.from_first(None)  # nobody leaves before the checkpoint is whole
+                    raise KeyboardInterrupt(f"training stopped after step {state.step} of {total}, which is saved")
+        progress.finish()
 
+    def _step(self, batch: Batch, step: int) -> int:
+        """Learn from one batch; returns how many patches all processes encoded."""
+        state = self.state
+        for group in state.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, step, self.per_epoch)
+        losses = self.forward.losses(batch, step)
+        self._descend(losses, step)
+        if state.average:
+            state.average.update(self.forward.network, step)
+        for key, value in {"loss": losses.total, **losses.terms}.items():
+            state.sums[key] = state.sums.get(key, 0.0) + float(value.detach())
+        state.sample.take(losses, step)
+        state.step = step + 1
+        return len(batch.images) * self.forward.places * self.processes.world
 
-def _half(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs in bfloat16: where the hardware has it, unless the configuration says."""
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    try:
-        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in features or "amx_bf16" in features
+    def _descend(self, losses: Losses, step: int) -> None:
+        if not torch.isfinite(losses.total):
+            raise TrainingDiverged(
+                f"the loss became {losses.total.item()} at step {step}",
+                next_step="lower learning_rate and start again; the same run would diverge again",
+            )
+        parameters = list(self.state.learned.parameters())
+        self.state.optimiser.zero_grad(set_to_none=True)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        self.processes.average_gradients(parameters)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self.state.optimiser.step()
+
+    def _end_epoch(self, rate: float) -> None:
+        state = self.state
+        epoch = state.step // self.per_epoch
+        figures = {key: value / self.per_epoch for key, value in state.sums.items()} | state.sample.figures()
+        if self.processes.first and (warning := collapse_warning(figures, state.spread)):
+            warnings.warn(warning, TrainingWarning, stacklevel=4)
+        state.spread = figures.get("spread", math.nan)
+        if self.validation:
+            judged = self.validation.figures(state.weights())
+            state.best.consider(judged["validation_loss"], epoch, state.weights())
+            figures |= judged | {"best_epoch": state.best.epoch}
+        used = state.optimiser.param_groups[0]["lr"]
+        entry = {"epoch": epoch, "step": state.step, "learning_rate": used, "patches_per_s": round(rate, 1), **figures}
+        for record in self.records:
+            record.write(plain(entry))
+        state.sums = {}
+        state.sample.clear()
+
+    def _given_up(self) -> bool:
+        """Whether validation has not become better for as many epochs as are waited for."""
+        return 0 < self.config.patience <= self.state.best.waited
+
+    def _note(self, rate: float) -> str:
+        done = (self.state.step - 1) % self.per_epoch + 1
+        epoch = (self.state.step - 1) // self.per_epoch + 1
+        return f"epoch {epoch}/{self.config.epochs} · loss {self.state.sums['loss'] / done:.3f} · {rate:,.0f} patches/s"

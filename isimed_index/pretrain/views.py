@@ -21,17 +21,31 @@ from scipy.spatial.transform import Rotation
 from torch.nn import functional as F
 
 from isimed_index.config import Augmentation
+from isimed_index.grid import Box
+from isimed_index.scans.prepare import thick_slices
 from isimed_index.space import Affine, apply_affine
 
 
-@dataclass(frozen=True, slots=True)
-class WorkingVolume:
-    """A prepared volume in training: values (x, y, z) float16 tensor, its affine (voxel → RAS+ mm), its fill value."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """What is at hand of a working volume: float16 values from voxel `start` on, the fill value, the whole's shape."""
 
     values: torch.Tensor
-    affine: Affine
     background: float
-    foreground_vox: NDArray[np.int16]  # (n, 3) voxels a view may be centred on
+    start: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(
+        cls,
+        values: NDArray[np.float32],
+        background: float,
+        start: tuple[int, int, int] = (0, 0, 0),
+        shape: tuple[int, ...] | None = None,
+    ) -> Window:
+        """A window of these values (x, y, z); the whole volume where nothing else is said."""
+        x, y, z = values.shape if shape is None else shape
+        return cls(torch.tensor(values, dtype=torch.float16), background, start, (x, y, z))
 
 
 def random_pose(rng: np.random.Generator, augmentation: Augmentation) -> NDArray[np.float64]:
@@ -42,26 +56,6 @@ def random_pose(rng: np.random.Generator, augmentation: Augmentation) -> NDArray
     return turn
 
 
-def cut(volume: WorkingVolume, centre_vox: NDArray[np.float64], pose: NDArray[np.float64], side: int) -> torch.Tensor:
-    """The (side, side, side) float32 view centred on `centre_vox` (3,) under `pose` (3, 3); background outside."""
-    to_volume = view_affine(centre_vox, pose, side)
-    shape = np.array(volume.values.shape)
-    corners = np.stack(np.meshgrid(*[[0, side - 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
-    reach = apply_affine(to_volume, corners)
-    start = np.clip(np.floor(reach.min(0)).astype(int), 0, shape - 1)
-    stop = np.clip(np.ceil(reach.max(0)).astype(int) + 1, start + 1, shape)
-    block = volume.values[start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]].float() - volume.background
-    size = torch.tensor(block.shape, dtype=torch.float32)
-    axes = [torch.arange(side, dtype=torch.float32)] * 3
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)  # (side³, 3) view voxels
-    linear = torch.tensor(to_volume[:3, :3], dtype=torch.float32)
-    at = grid @ linear.T + torch.tensor(to_volume[:3, 3] - start, dtype=torch.float32)
-    at = (at + 0.5) / size * 2 - 1  # grid_sample's own units, voxel edges at ±1
-    at = at.flip(-1).reshape(1, side, side, side, 3)  # it wants (z, y, x)
-    view = F.grid_sample(block[None, None], at, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return view[0, 0] + volume.background
-
-
 def view_affine(centre_vox: NDArray[np.float64], pose: NDArray[np.float64], side: int) -> Affine:
     """View voxel → voxel of the working volume, (4, 4); the view's centre lies on `centre_vox`."""
     affine = np.eye(4)
@@ -70,27 +64,90 @@ def view_affine(centre_vox: NDArray[np.float64], pose: NDArray[np.float64], side
     return affine
 
 
+def reach(to_volume: Affine, side: int, shape: tuple[int, int, int]) -> Box:
+    """The voxels of a working volume of `shape` that a view sees; one at the border where it lies outside."""
+    corners = np.stack(np.meshgrid(*[[0, side - 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
+    seen = apply_affine(to_volume, corners)
+    start = np.clip(np.floor(seen.min(0)).astype(int), 0, np.array(shape) - 1)
+    stop = np.clip(np.ceil(seen.max(0)).astype(int) + 1, start + 1, shape)
+    (ax, ay, az), (bx, by, bz) = start.tolist(), stop.tolist()
+    return Box((ax, ay, az), (bx, by, bz))
+
+
+def cut(window: Window, to_volume: Affine, side: int) -> torch.Tensor:
+    """The (side, side, side) float32 view that `to_volume` (4, 4) puts into the volume; background outside of it.
+
+    The window must hold what the view sees of the volume (`reach`).
+    """
+    box = reach(to_volume, side, window.shape)
+    first = [start - held for start, held in zip(box.start, window.start, strict=True)]
+    x, y, z = (slice(at, at + n) for at, n in zip(first, box.shape, strict=True))
+    block = window.values[x, y, z].float()
+    assert block.shape == box.shape  # the window holds the box
+    whole = np.rint(to_volume[:3, 3])
+    if np.array_equal(to_volume[:3, :3], np.eye(3)) and np.abs(to_volume[:3, 3] - whole).max() < 1e-6:
+        return _placed(block, box, whole.astype(int).tolist(), side, window.background)
+    return _sampled(block, box, to_volume, side, window.background)
+
+
+def _placed(block: torch.Tensor, box: Box, corner: list[int], side: int, background: float) -> torch.Tensor:
+    """A view that lies on whole voxels is a piece of the volume."""
+    view = torch.full((side,) * 3, background)
+    there = [(max(0, a - c), min(side, b - c)) for a, b, c in zip(box.start, box.stop, corner, strict=True)]
+    if all(start < stop for start, stop in there):
+        x, y, z = (slice(start, stop) for start, stop in there)
+        view[x, y, z] = block
+    return view
+
+
+def _sampled(block: torch.Tensor, box: Box, to_volume: Affine, side: int, background: float) -> torch.Tensor:
+    """Linear interpolation of the block of the volume that `box` names."""
+    size = np.array(block.shape)
+    # grid_sample's own units, voxel edges at ±1; it wants (z, y, x). One plane a coordinate is quickest to fill.
+    linear = (to_volume[:3, :3] * 2 / size[:, None])[::-1].copy()
+    offset = ((to_volume[:3, 3] - np.array(box.start) + 0.5) * 2 / size - 1)[::-1].copy()
+    steps = np.arange(side)
+    i, j, k = (torch.tensor(np.outer(linear[:, axis], steps), dtype=torch.float32) for axis in range(3))
+    k += torch.tensor(offset, dtype=torch.float32)[:, None]
+    at = (i[:, :, None] + j[:, None, :])[..., None] + k[:, None, None, :]  # (3, side, side, side)
+    filled = (block - background)[None, None]
+    seen = F.grid_sample(filled, at.movedim(0, -1)[None], mode="bilinear", padding_mode="zeros", align_corners=False)
+    return seen[0, 0] + background
+
+
 def recolour(view: torch.Tensor, rng: np.random.Generator, augmentation: Augmentation) -> torch.Tensor:
-    """Change contrast, shading and noise of a (side, side, side) view in about −1…1; geometry is untouched."""
+    """Change contrast, shading, resolution and noise of a (side, side, side) view in about −1…1, not its geometry."""
     a = augmentation
     if rng.random() < a.curve_probability:
-        knots = 8
-        if rng.random() < a.arbitrary_curve_probability:
-            curve = rng.uniform(-1, 1, knots)
-        else:
-            curve = np.cumsum(rng.gamma(1.0, 1.0, knots))
-            curve = 2 * (curve - curve[0]) / (curve[-1] - curve[0]) - 1
-        if rng.random() < a.invert_probability:
-            curve[1:] = curve[1:][::-1].copy()  # air, the first value, stays as it is
-        position = ((view.clamp(-1, 1) + 1) / 2 * (knots - 1)).clamp(0, knots - 1 - 1e-4)
-        lower = position.long()
-        table = torch.tensor(curve, dtype=torch.float32)
-        view = torch.lerp(table[lower], table[lower + 1], position - lower)
+        view = _curved(view, rng, a)
     if a.bias:
-        coarse = torch.tensor(rng.normal(0, a.bias, (1, 1, 3, 3, 3)), dtype=torch.float32)
-        field = F.interpolate(coarse, size=view.shape, mode="trilinear", align_corners=True)[0, 0]
+        coarse = torch.tensor(rng.normal(0, a.bias, (3, 3, 3)), dtype=torch.float32)
+        at = torch.linspace(0, 2, view.shape[0])  # linear interpolation between three values along every axis
+        linear = (1 - (at[:, None] - torch.arange(3)).abs()).clamp(min=0)  # (side, 3)
+        field = torch.tensordot(linear, linear @ coarse @ linear.T, dims=1)
         view = (view + 1) * field.exp() - 1
+    if a.slices_probability and rng.random() < a.slices_probability:
+        thickness = rng.uniform(1, a.thickest_vox)
+        slices = torch.tensor(thick_slices(view.shape[0], thickness, rng.uniform(0, thickness)))
+        axis = int(rng.integers(3))
+        view = (view.movedim(axis, -1) @ slices.T).movedim(-1, axis)
     if a.noise:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         view = view + torch.randn(view.shape, generator=generator) * rng.uniform(0, a.noise)
     return view
+
+
+def _curved(view: torch.Tensor, rng: np.random.Generator, augmentation: Augmentation) -> torch.Tensor:
+    """A random curve of eight straight pieces, applied to every value."""
+    knots = 8
+    if rng.random() < augmentation.arbitrary_curve_probability:
+        curve = rng.uniform(-1, 1, knots)
+    else:
+        curve = np.cumsum(rng.gamma(1.0, 1.0, knots))
+        curve = 2 * (curve - curve[0]) / (curve[-1] - curve[0]) - 1
+    if rng.random() < augmentation.invert_probability:
+        curve[1:] = curve[1:][::-1].copy()  # air, the first value, stays as it is
+    position = ((view.clamp(-1, 1) + 1) / 2 * (knots - 1)).clamp(0, knots - 1 - 1e-4)
+    lower = position.int()
+    table = torch.tensor(curve, dtype=torch.float32)
+    return torch.lerp(table[lower], table[lower + 1], position - lower)

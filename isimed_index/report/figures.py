@@ -6,7 +6,7 @@ scans are drawn to one scale. Figures are matplotlib objects without global stat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,7 +63,7 @@ def match_figure(
         raise UsageError(f"expected a field above 0 mm, found {field_mm}")
     panels = [query, *matches]
     middles, size = _fields(panels, field_mm)
-    with _style():
+    with style():
         figure, rows = _rows_of_planes(size, len(panels))
         for row, (panel, middle) in enumerate(zip(panels, middles, strict=True)):
             window = _window(panel.values)
@@ -90,8 +90,8 @@ def embedding_figure(
         raise UsageError(f"expected points (n, 2) and centres (n, 3), found {points.shape} and {centres.shape}")
     order = np.random.default_rng(seed).permutation(len(points))
     dot = float(np.clip(20_000 / len(points), 0.4, 14))  # pt²
-    with _style():
-        figure = _figure(7.2, 2.75)
+    with style():
+        figure = blank_figure(7.2, 2.75)
         figure.set_layout_engine("constrained")
         for axis, axes in enumerate(figure.subplots(1, 3, sharex=True, sharey=True)):
             shown = centres[order, axis]
@@ -114,25 +114,6 @@ def embedding_figure(
     return figure
 
 
-def training_figure(epochs: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, distance error within scans (mm) and RankMe by epoch; `epochs` are the lines of a run's metrics."""
-    if not epochs:
-        raise UsageError("expected the metrics of at least one epoch, found none")
-    shown = (("loss", "loss"), ("distance_error_mm", "|D latent − D physical| (mm)"), ("rankme", "RankMe"))
-    numbers = [entry["epoch"] for entry in epochs]
-    figure = _figure(_WIDTH_IN, 2.2)
-    with _style():
-        for place, (key, label) in enumerate(shown):
-            axes = figure.add_subplot(1, 3, place + 1)
-            axes.plot(numbers, [entry[key] for entry in epochs], color=_MATCH, marker="o", markersize=2.5)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.2, top=0.95, wspace=0.38)
-    return figure
-
-
 def check_suffix(path: Path) -> None:
     """`UsageError` when no figure can be written under that name."""
     if path.suffix not in _SUFFIXES:
@@ -146,7 +127,7 @@ def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write a figure as .png, .svg or .pdf; the same figure gives the same bytes."""
     check_suffix(path)
     dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
-    with _style():
+    with style():
         figure.savefig(path, dpi=dpi, metadata=dated[path.suffix], facecolor="white")
 
 
@@ -191,7 +172,7 @@ def _rows_of_planes(size: NDArray[np.float64], count: int) -> tuple[Figure, list
     tallest = scale * max(size[up] for _, up in _PLANES.values())
     row_height = tallest + _TITLE_IN
     height = count * row_height + _FOOT_IN + _HEAD_IN
-    figure = _figure(_WIDTH_IN, height)
+    figure = blank_figure(_WIDTH_IN, height)
     rows: list[list[Axes]] = []
     for row in range(count):
         left, bottom, axes = _GAP_IN, height - _HEAD_IN - (row + 1) * row_height, []
@@ -315,7 +296,8 @@ def _window(values: NDArray[np.float32]) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1
 
 
-def _figure(width_in: float, height_in: float) -> Figure:
+def blank_figure(width_in: float, height_in: float) -> Figure:
+    """An empty figure that is drawn without a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -324,7 +306,7 @@ def _figure(width_in: float, height_in: float) -> Figure:
     return figure
 
 
-def _style() -> Any:
+def style() -> Any:
     """The fonts of all figures, for as long as one is drawn or written."""
     try:
         import matplotlib

@@ -10,7 +10,8 @@ import numpy as np
 
 from isimed_index.errors import NotFound
 from isimed_index.lookup import Lookup, Question, Source
-from isimed_index.report.figures import Panel, check_suffix, embedding_figure, match_figure, save, training_figure
+from isimed_index.report.curves import training_figure
+from isimed_index.report.figures import Panel, check_suffix, embedding_figure, match_figure, save
 from isimed_index.space import Space
 
 FIELD_MM = 160.0  # edge of the planes drawn around a point
@@ -55,7 +56,7 @@ def draw_umap(lookup: Lookup, where: str | None, seed: int, most: int, out: Path
 
 
 def draw_training(lookup: Lookup, out: Path) -> None:
-    """Loss and distance error of an encoder's training, epoch by epoch."""
+    """Losses, distance errors, effective ranks and validation of an encoder's training, epoch by epoch."""
     check_suffix(out)
     path = lookup.snapshot.encoder_path(lookup.card.id) / "metrics.jsonl"
     if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.errors import UsageError
+from isimed_index.grid import Box
 from isimed_index.space import Affine
 from isimed_index.space import spacing_mm as affine_spacing_mm
 
@@ -50,16 +52,21 @@ class Intensity:
         """The fields that are set, for a card."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def scale(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scaled values as a new array; where the percentiles coincide, the extremes take their place."""
+    def ends(self, values: NDArray[np.float32]) -> tuple[float, float]:
+        """The values that go to `low` and `high`: the window's, or a whole volume's percentiles; if equal, extremes."""
         if self.window_low is not None and self.window_high is not None:
-            low, high = self.window_low, self.window_high
+            return self.window_low, self.window_high
+        low, high = np.percentile(values, [self.low_percentile, self.high_percentile])
+        if low == high:
+            low, high = values.min(), values.max()
+        return float(low), float(high)
+
+    def scale(self, values: NDArray[np.float32], ends: tuple[float, float] | None = None) -> NDArray[np.float32]:
+        """Scaled values as a new array; `ends` are those of the whole volume where `values` is only a part of it."""
+        low, high = self.ends(values) if ends is None else ends
+        if self.window_low is not None:
             values = np.clip(values, np.float32(low), np.float32(high))
-        else:
-            low, high = np.percentile(values, [self.low_percentile, self.high_percentile])
-            if low == high:
-                low, high = values.min(), values.max()
-        gain = (self.high - self.low) / (float(high) - float(low)) if high > low else 0.0
+        gain = (self.high - self.low) / (high - low) if high > low else 0.0
         scaled = values - np.float32(low)
         scaled *= np.float32(gain)
         scaled += np.float32(self.low)
@@ -75,10 +82,19 @@ class Volume:
     affine: Affine
     background: float
     foreground: NDArray[np.bool_]
+    ends: tuple[float, float] | None = None  # the physical values that were scaled to the two ends of the range
 
 
-def prepare(values: NDArray[np.float32], affine: Affine, spacing_mm: float | None, intensity: Intensity) -> Volume:
+def prepare(
+    values: NDArray[np.float32],
+    affine: Affine,
+    spacing_mm: float | None,
+    intensity: Intensity,
+    ends: tuple[float, float] | None = None,
+) -> Volume:
     """Physical values (x, y, z) → working volume at isotropic `spacing_mm` (None keeps the scan's own grid).
+
+    `ends` are those that an earlier preparation of the same scan found: the volume is the same, and is made sooner.
 
     The background is where the low percentile (or the window's lower end) lies after scaling, not the least value: one
     dark outlier, or a CT's padding at -3024, would make all air a body. It holds while such voxels are fewer than that
@@ -86,9 +102,10 @@ def prepare(values: NDArray[np.float32], affine: Affine, spacing_mm: float | Non
     """
     if spacing_mm is not None:
         values, affine = resample(values, affine, spacing_mm)
-    scaled = intensity.scale(values)
+    ends = intensity.ends(values) if ends is None else ends
+    scaled = intensity.scale(values, ends)
     background = intensity.low
-    return Volume(scaled, affine, background, scaled > background + FOREGROUND_STEP)
+    return Volume(scaled, affine, background, scaled > background + FOREGROUND_STEP, ends)
 
 
 def resample(values: NDArray[np.float32], affine: Affine, spacing_mm: float) -> tuple[NDArray[np.float32], Affine]:
@@ -104,13 +121,61 @@ def resample(values: NDArray[np.float32], affine: Affine, spacing_mm: float) -> 
     if target is None:
         return values, affine
     resampled = np.ascontiguousarray(values, dtype=np.float32)
-    for axis in np.argsort(target.shape / np.array(values.shape)):  # shrinking first leaves less to do
-        weights = _weights(values.shape[axis], target.positions(int(axis)), float(target.ratios[axis]))
-        resampled = _apply_along(weights, resampled, int(axis))
-    moved = affine.copy()
-    moved[:3, :3] = affine[:3, :3] * target.ratios
-    moved[:3, 3] = affine[:3, :3] @ target.first + affine[:3, 3]
-    return resampled, moved
+    for axis in _shrinking_first(target.shape.tolist(), values.shape):
+        weights = _weights(values.shape[axis], target.positions(axis), float(target.ratios[axis]))
+        resampled = _apply_along(weights, resampled, axis)
+    return resampled, target.affine(affine)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkingGrid:
+    """Where the working volume of a scan lies, so that any box of it can be made from the few voxels that it needs.
+
+    `resample` gives values of `shape`, and `affine`; `part` gives the same values of a box alone.
+    """
+
+    shape: tuple[int, int, int]
+    affine: Affine
+    source_shape: tuple[int, int, int]
+    _target: _Target | None  # None: the scan's own grid
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], affine: Affine, spacing_mm: float | None) -> WorkingGrid:
+        """The grid that `resample` gives a scan of `shape` at `spacing_mm`; None keeps its own."""
+        target = None if spacing_mm is None else _Target.of(shape, affine, spacing_mm)
+        if target is None:
+            return cls(shape, affine, shape, None)
+        x, y, z = target.shape.tolist()
+        return cls((x, y, z), target.affine(affine), shape, target)
+
+    def source_box(self, box: Box) -> Box:
+        """The voxels of the scan that a box inside the working volume is made of, the smoothing's reach included."""
+        if self._target is None:
+            return box
+        lines = [
+            self._line(axis, start, stop) for axis, (start, stop) in enumerate(zip(box.start, box.stop, strict=True))
+        ]
+        (ax, bx), (ay, by), (az, bz) = ((start, stop) for start, stop, _ in lines)
+        return Box((ax, ay, az), (bx, by, bz))
+
+    def part(self, values: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
+        """The working volume's values in `box`, from the scan's values in `source_box(box)`."""
+        if self._target is None:
+            return values
+        for axis in _shrinking_first(self.shape, self.source_shape):
+            start, stop, positions = self._line(axis, box.start[axis], box.stop[axis])
+            weights = _weights(stop - start, positions - start, float(self._target.ratios[axis]))
+            values = _apply_along(weights, np.ascontiguousarray(values), axis)
+        return values
+
+    def _line(self, axis: int, first: int, last: int) -> tuple[int, int, NDArray[np.float64]]:
+        """Which source voxels [start, stop) the working voxels [first, last) of an axis see, and where those lie."""
+        assert self._target is not None
+        length = self.source_shape[axis]
+        at = np.clip(self._target.positions(axis)[first:last], 0, length - 1)
+        reach = _reach(float(self._target.ratios[axis]))
+        start = max(min(int(at[0]), length - 2) - reach, 0)
+        return start, min(int(at[-1]) + 2 + reach, length), at
 
 
 def resample_labels(labels: NDArray[Any], affine: Affine, spacing_mm: float | None) -> NDArray[Any]:
@@ -147,6 +212,39 @@ class _Target:
         """Where the target's voxels lie along an axis, in source voxels."""
         return np.asarray(self.first[axis] + self.ratios[axis] * np.arange(self.shape[axis]))
 
+    def affine(self, source: Affine) -> Affine:
+        """Voxel → RAS+ mm of the target, for a source with that affine."""
+        moved = source.copy()
+        moved[:3, :3] = source[:3, :3] * self.ratios
+        moved[:3, 3] = source[:3, :3] @ self.first + source[:3, 3]
+        return moved
+
+
+def thick_slices(side: int, thickness: float, first: float) -> NDArray[np.float32]:
+    """The matrix (side, side) that gives a line the resolution of slices of `thickness` voxels, where it is.
+
+    Slices lie at `first`, `first + thickness`, …; the line is resampled to them and back as scans are.
+    """
+    slices = np.arange(first, side, thickness, dtype=np.float64)
+    places = np.arange(side, dtype=np.float64)
+    return _weights(len(slices), (places - first) / thickness, 1 / thickness) @ _weights(side, slices, thickness)
+
+
+def _shrinking_first(shape: Sequence[int], source_shape: Sequence[int]) -> list[int]:
+    """The axes in the order in which they are resampled: shrinking first leaves less to do."""
+    order: list[int] = np.argsort(np.array(shape) / np.array(source_shape)).tolist()
+    return order
+
+
+def _sigma(ratio: float) -> float:
+    """The sd of the smoothing along a line that shrinks by `ratio`, in source voxels; 0 where it does not."""
+    return math.sqrt(ratio**2 - 1) / _FWHM_PER_SIGMA if ratio > 1 + SPACING_TOLERANCE else 0.0
+
+
+def _reach(ratio: float) -> int:
+    """How many source voxels to either side the smoothing sees."""
+    return math.ceil(4 * _sigma(ratio))
+
 
 def _weights(length: int, positions: NDArray[np.float64], ratio: float) -> NDArray[np.float32]:
     """The matrix (m, length) that smooths a line where it shrinks and interpolates it at m positions.
@@ -160,10 +258,10 @@ def _weights(length: int, positions: NDArray[np.float64], ratio: float) -> NDArr
     rows = np.arange(len(at))
     np.add.at(interpolation, (rows, left), 1 - (at - left))
     np.add.at(interpolation, (rows, right), at - left)
-    if ratio <= 1 + SPACING_TOLERANCE:
+    sigma = _sigma(ratio)
+    if sigma == 0:
         return interpolation.astype(np.float32)
-    sigma = math.sqrt(ratio**2 - 1) / _FWHM_PER_SIGMA
-    offsets = np.arange(-math.ceil(4 * sigma), math.ceil(4 * sigma) + 1)
+    offsets = np.arange(-_reach(ratio), _reach(ratio) + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
     smoothing = np.zeros((length, length))

@@ -11,7 +11,7 @@ import numpy as np
 
 from isimed_index.contracts import conform, table_contract, validate
 from isimed_index.errors import EncoderMismatch, UsageError
-from isimed_index.store.files import CARD, WEIGHTS, file_digest
+from isimed_index.store.files import CARD, MODEL, WEIGHTS, file_digest
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.segment import check_segment, parts_of
 from isimed_index.store.snapshot import Snapshot, StoredTable
@@ -35,10 +35,9 @@ def _check_card(path: Path, fields: Mapping[str, Any]) -> None:
         raise EncoderMismatch("an encoder's card carries another id than its manifest entry")
     if card["match_output"] not in card["outputs"]:
         raise UsageError(f"the card's match_output {card['match_output']!r} is not among its outputs")
-    if card["weights_sha256"] is None:
-        return
-    if not (path / WEIGHTS).is_file() or file_digest(path / WEIGHTS)[1] != card["weights_sha256"]:
-        raise EncoderMismatch(f"{WEIGHTS} does not match the sha256 on its card", next_step="isimed pretrain")
+    for name, sha256 in ((WEIGHTS, card["weights_sha256"]), (MODEL, card.get("model_sha256"))):
+        if sha256 is not None and (not (path / name).is_file() or file_digest(path / name)[1] != sha256):
+            raise EncoderMismatch(f"{name} does not match the sha256 on its card", next_step="isimed pretrain")
 
 
 def check_references(kept: Sequence[Artefact], added: Sequence[Artefact], next_row_id: int) -> None:

@@ -22,6 +22,7 @@ TMP = "tmp"
 COPY = ".copy"  # behind the name of a published document: the same bytes once more
 CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
+MODEL = "model.onnx"
 REFERENCE = "reference.json"  # of a reference: where it comes from
 REPAIR = "isimed check, then isimed repair"
 RESTORE = "restore the store from a backup, or add its files to a new one"  # no command mends what is not derived
@@ -138,3 +139,11 @@ def write_durably(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Put a file in the place of the one before it: whole or not there, also after a power cut."""
+    draft = path.with_name(f"{path.name}.part")
+    write_durably(draft, content)
+    draft.replace(path)
+    sync_file(path.parent)

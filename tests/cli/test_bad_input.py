@@ -249,3 +249,28 @@ def test_paths_that_do_not_exist_are_usage(here: Path, capsys: pytest.CaptureFix
     assert main(["add", "gone.nii"]) == 2
     (line,) = lines(capsys, here)
     assert "gone.nii" in line
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--labels", "seg.nii.gz"],
+        ["--labels", "{stem}_seg.nii", "--spacing", "2"],
+        ["--subject-from", "s(\\d"],
+        ["--subject-from", "sub"],
+        ["--layout", "nothing"],
+        ["--analyze-axes", "RRR"],
+        ["--metadata", "t.csv"],
+        ["--label-names", "t.csv"],
+    ],
+)
+def test_what_is_asked_wrongly_leaves_no_new_store(here: Path, capsys: pytest.CaptureFixture[str], asked: list[str]):
+    tiny_scan(here / "a.nii")
+    (here / "t.csv").write_text("who,age\na,3\n")
+    before = sorted(here.iterdir())
+    assert main(["add", "a.nii", "--no-progress", *asked]) == 2
+    (line,) = lines(capsys, here)
+    assert line.startswith("error[usage]: ")
+    assert sorted(here.iterdir()) == before
+    assert main(["add", "a.nii", "--no-progress", "--quiet"]) == 0
+    assert len(list(here.iterdir())) == len(before) + 1  # and this is how one is made

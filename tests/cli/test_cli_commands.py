@@ -108,7 +108,7 @@ IMAGES = Path("images")
 # Command line → the one call of the facade that it must make.
 CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     (
-        "add images --labels {stem}_seg.nii.gz --metadata images/participants.tsv --subject-from s(..) --spacing 2 "
+        "add images --labels {stem}_seg.nii.gz --metadata images/participants.tsv --subject-from s(..) --volume 2 "
         "--workers 3",
         "add",
         ([IMAGES],),
@@ -117,10 +117,10 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "label_names": None,
             "metadata": [IMAGES / "participants.tsv"],
             "layout": "auto",
-            "volume": None,
+            "volume": 2,
             "analyze_axes": None,
             "subject_from": "s(..)",
-            "spacing_mm": 2.0,
+            "spacing_mm": None,
             "workers": 3,
             "surrogate_key": None,
             "surrogate_ids": False,
@@ -130,12 +130,12 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         },
     ),
     (
-        "pretrain --preset tiny --config more.toml --epochs 4 --batch-scans 2 --patches-per-scan 8 --device cpu "
-        "--resume --name first --where nx>3 --seed 5",
+        "pretrain --method simclr --preset tiny --config more.toml --epochs 4 --batch-scans 2 --patches-per-scan 8 "
+        "--device cpu --resume --name first --where nx>3 --seed 5 --tensorboard curves --wandb heads",
         "pretrain",
         (),
         {
-            "method": "isimed",
+            "method": "simclr",
             "preset": "tiny",
             "config": Path("more.toml"),
             "epochs": 4,
@@ -146,6 +146,8 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "name": "first",
             "where": "nx>3",
             "seed": 5,
+            "tensorboard": Path("curves"),
+            "wandb": "heads",
         },
     ),
     (
@@ -357,6 +359,10 @@ class TestOptions:
     def test_sizes(self, store: FakeStore, text: str, size: int):
         assert main(["index", "--max-ram", text]) == 0
         assert store.calls[0][2]["max_ram"] == size
+
+    def test_a_spacing_is_a_number_of_mm(self, store: FakeStore):
+        assert main(["add", "images", "--spacing", "2"]) == 0
+        assert store.calls[0][2]["spacing_mm"] == 2.0
 
     def test_sql_reads_its_statement_from_stdin(self, store: FakeStore, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 1"))

@@ -39,6 +39,9 @@ CHANGES: dict[str, Any] = {
     "match_output": "embedding",
     "metric": "l2",
     "intensity": Intensity(clip=2.0),
+    "model_sha256": "ef" * 32,
+    "axes": "LPS",
+    "pool": "centre",
 }
 
 
@@ -54,6 +57,35 @@ def test_round_trip_through_json(card: EncoderCard) -> None:
     fields = json.loads(json.dumps(card.to_json()))
     validate("card", fields)
     assert EncoderCard.from_json(fields) == card
+
+
+def test_ids_of_earlier_cards_stay() -> None:
+    """What the version before `model_sha256`, `axes` and `pool` gave this card."""
+    assert MADE.id == "27b259f26524604a"
+    assert MADE.to_json().keys() == {
+        *("id", "name", "factory", "network", "weights_sha256", "patch_vox", "stride_vox", "spacing_mm"),
+        *("outputs", "match_output", "metric", "intensity", "training"),
+    }
+
+
+def test_arguments_of_a_network_may_be_of_any_kind() -> None:
+    card = replace(MADE, network={"layers": [2, 2], "norm": "batch", "scale": 0.5, "bias": False, "head": None})
+    assert EncoderCard.from_json(json.loads(json.dumps(card.to_json()))) == card
+
+
+@pytest.mark.parametrize("axes", ["RA", "RRS", "RLS", "XYZ", "ras", "RASA", ""])
+def test_axes_are_one_letter_of_each_pair(axes: str) -> None:
+    with pytest.raises(EncoderMismatch):
+        EncoderCard.from_json(MADE.to_json() | {"axes": axes})
+    with pytest.raises(EncoderMismatch, match="expected axes"):
+        replace(MADE, axes=axes)
+
+
+def test_a_pool_is_one_that_is_known() -> None:
+    with pytest.raises(EncoderMismatch, match="pool"):
+        EncoderCard.from_json(MADE.to_json() | {"pool": "max"})
+    with pytest.raises(EncoderMismatch, match="mean, centre"):
+        replace(MADE, pool="max")  # type: ignore[arg-type]
 
 
 def test_a_card_without_weights() -> None:
@@ -102,7 +134,11 @@ def test_matches_are_searched_in_an_output_that_exists() -> None:
         replace(MADE, match_output="position_")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None], ids=["empty", "cut", "bytes", "missing"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b'{"a":' * 99_999, b'{"a": NaN}', None],
+    ids=["empty", "cut", "bytes", "deep", "a NaN", "missing"],
+)
 def test_an_unreadable_card_is_damage(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / CARD).write_bytes(content)

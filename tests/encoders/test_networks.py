@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isimed_index.encoders.networks import PatchDenseNet121, ValidNet, build_network
+from isimed_index.encoders.networks import PatchDenseNet121, StemNet, ValidNet, build_network
 from isimed_index.errors import ConfigError, EncoderMismatch
 
 VALID = "isimed_index.encoders.networks:ValidNet"
 OUTPUTS = {"embedding": 4, "position": 3}
+convolutional = pytest.mark.parametrize("kind", [ValidNet, StemNet])
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +19,20 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
+@convolutional
 @pytest.mark.parametrize(("side", "expected"), [(32, 1), (35, 1), (36, 2), (56, 7)])
-def test_valid_net_gives_one_vector_every_four_voxels(side: int, expected: int) -> None:
-    outputs = ValidNet(OUTPUTS, width=2).eval()(torch.randn(2, 1, side, 32, 33))
+def test_one_vector_every_four_voxels(kind: type[ValidNet | StemNet], side: int, expected: int) -> None:
+    outputs = kind(OUTPUTS, width=2).eval()(torch.randn(2, 1, side, 32, 33))
     assert {name: tuple(y.shape) for name, y in outputs.items()} == {
         "embedding": (2, 4, expected, 1, 1),
         "position": (2, 3, expected, 1, 1),
     }
 
 
-def test_valid_net_sees_its_patch_and_nothing_else() -> None:
+@convolutional
+def test_a_vector_sees_its_patch_and_nothing_else(kind: type[ValidNet | StemNet]) -> None:
     """Random inputs rather than one: a ReLU may hide a corner of a single patch."""
-    network = ValidNet({"embedding": 4}, width=4).double().eval()
+    network = kind({"embedding": 4}, width=4).double().eval()
     x = torch.randn(4, 1, 40, 40, 40, dtype=torch.float64, requires_grad=True)
     network(x)["embedding"][:, :, 1, 0, 2].square().sum().backward()
     assert x.grad is not None
@@ -42,6 +45,18 @@ def test_the_position_is_the_heads_answer_in_decimetres() -> None:
     network = ValidNet(OUTPUTS, width=2).eval()
     x = torch.randn(1, 1, 32, 32, 32)
     torch.testing.assert_close(network(x)["position"], 100 * network.heads["position"](network.trunk(x)))
+
+
+@convolutional
+def test_alone_and_in_a_volume_a_patch_has_one_vector(kind: type[ValidNet | StemNet]) -> None:
+    network = kind(OUTPUTS, width=3).eval()
+    x = torch.randn(1, 1, 44, 40, 36)
+    with torch.no_grad():
+        whole = network(x)
+        for i, j, k in ((0, 0, 0), (3, 2, 1), (1, 0, 1)):
+            alone = network(x[:, :, 4 * i : 4 * i + 32, 4 * j : 4 * j + 32, 4 * k : 4 * k + 32])
+            for name in OUTPUTS:
+                torch.testing.assert_close(alone[name][..., 0, 0, 0], whole[name][..., i, j, k], atol=1e-4, rtol=1e-4)
 
 
 def test_heads_stay_in_full_precision_under_autocast() -> None:
@@ -62,6 +77,14 @@ def test_build_network_knows_its_factories_only() -> None:
         build_network("os:system", OUTPUTS, {})
     with pytest.raises(EncoderMismatch, match="depth"):
         build_network(VALID, OUTPUTS, {"depth": 2})
+
+
+def test_parameter_count_of_the_stem_by_hand() -> None:
+    w = 2
+    a, b, c, d = 2 * w, 4 * w, 8 * w, 12 * w
+    convolutions = 216 * a + 216 * a * b + 27 * b * c + 4 * c * c + 27 * c * d + 4 * d * d
+    norms = 2 * (a + b + c + 3 * c + d + 3 * d)
+    assert parameter_count(StemNet({"embedding": 5}, width=w)) == convolutions + norms + d * 5 + 5
 
 
 def test_parameter_count_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders import runtime
 from isimed_index.encoders.card import CARD, WEIGHTS, EncoderCard
-from isimed_index.encoders.networks import ValidNet
+from isimed_index.encoders.networks import ValidNet, build_network
 from isimed_index.encoders.runtime import TorchEncoder, choose_device, load_encoder, write_encoder
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
 from isimed_index.grid import PatchGrid
@@ -196,6 +197,17 @@ def test_missing_weights_are_damage(tmp_path: Path) -> None:
         load_encoder(tmp_path, "cpu")
     assert damaged.value.next_step
     assert str(tmp_path) not in str(damaged.value)
+
+
+def test_the_papers_network_is_loaded_as_it_was_kept(tmp_path: Path) -> None:
+    """Loading builds a network twice, once without memory: every network of ours has to allow it."""
+    named = "isimed_index.encoders.networks:PatchDenseNet121"
+    made = build_network(named, {"embedding": 1024}, {})
+    before = replace(card(), factory=named, network={}, outputs={"embedding": 1024}, match_output="embedding")
+    write_encoder(tmp_path, before, made.state_dict())
+    patches = np.random.default_rng(1).normal(size=(2, 32, 32, 32)).astype(np.float32)
+    expected = TorchEncoder(before, made, CPU).encode(patches)["embedding"]
+    np.testing.assert_array_equal(load_encoder(tmp_path, "cpu").encode(patches)["embedding"], expected)
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,14 @@ from pretraining import config, sources
 
 from isimed_cli.app import Session, _messages
 from isimed_index.config import PretrainConfig, pretrain_config
+from isimed_index.encoders.networks import build_network
 from isimed_index.encoders.runtime import load_encoder, write_encoder
 from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
-from isimed_index.pretrain import checkpoint, trainer
+from isimed_index.pretrain import checkpoint
+from isimed_index.pretrain.checkpoint import Saved
+from isimed_index.pretrain.methods import Method
 from isimed_index.pretrain.trainer import Trained, new_card, train
+from isimed_index.pretrain.validation import Best, Validation, split
 from isimed_index.progress import Silent
 from isimed_index.scans.prepare import Intensity
 
@@ -33,7 +40,7 @@ def quiet() -> Any:
 
 def run(directory: Path, setup: PretrainConfig, **options: Any) -> Trained:
     directory.mkdir(exist_ok=True)
-    return train(setup, sources(3), directory, device="cpu", **options)
+    return train(setup, sources(3), directory, subjects=["a", "b", "c"], device="cpu", **options)
 
 
 def same(a: Trained, b: Trained) -> bool:
@@ -61,6 +68,19 @@ class Interrupt(Silent):
         self.left -= n
         if self.left <= 0:
             raise KeyboardInterrupt
+
+
+class Signalled(Silent):
+    """A progress display during whose n-th step the process gets signals."""
+
+    def __init__(self, step: int, *numbers: signal.Signals) -> None:
+        self.left, self.numbers = step, numbers
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.left -= n
+        if self.left == 0:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
 
 
 class Notes(Silent):
@@ -98,10 +118,15 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> Non
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("at", [4, 6, 7])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
-    """Nine steps of three to an epoch, stopped within and at the end of an epoch."""
-    setup = config(epochs=3)
+@pytest.mark.parametrize(
+    ("method", "minutes", "at", "first"),
+    [("isimed", 5.0, 6, 3), ("isimed", 5.0, 7, 6), ("isimed", 0.0, 5, 4), ("regisimed", 0.0, 9, 8)],
+)  # regisimed has layers of its own
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    tmp_path: Path, method: Any, minutes: float, at: int, first: int
+) -> None:
+    """Nine steps, three an epoch, killed in step `at`; the last checkpoint is of an epoch's end, or the step before."""
+    setup = config(epochs=3, checkpoint_minutes=minutes, ema=0.9, validation_share=0.3, patience=3, method=method)
     whole = run(tmp_path / "whole", setup)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", setup, progress=Interrupt(at))
@@ -109,8 +134,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, at: int) -> 
     resumed = run(tmp_path / "broken", setup, resume=True, progress=notes)
     assert same(whole, resumed)
     assert entries(whole) == entries(resumed)
-    first = (at - 1) // 3 * 3
-    assert notes.said == [("pretrain", 9, "steps"), first, *[1] * (9 - first), "finished"]
+    assert len(entries(whole)) == 3
+    assert notes.said == [("pretrain", 9 - first, "steps"), *[1] * (9 - first), "finished"]
+
+
+def test_a_run_may_be_stopped_in_every_step(tmp_path: Path) -> None:
+    setup = config(ema=0.5, validation_share=0.3, checkpoint_minutes=0.0)
+    whole = run(tmp_path / "whole", setup)
+    for step in range(5):  # each takes one step and is killed in the next
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", setup, progress=Interrupt(2), resume=step > 0)
+    resumed = run(tmp_path / "broken", setup, resume=True)
+    assert same(whole, resumed)
+    assert entries(whole) == entries(resumed)
 
 
 def test_an_epoch_whose_checkpoint_was_not_written_is_recorded_once(
@@ -121,10 +157,10 @@ def test_an_epoch_whose_checkpoint_was_not_written_is_recorded_once(
 
     save = checkpoint.save
 
-    def killed(*arguments: Any) -> None:
-        if arguments[3] == 6:
+    def killed(directory: Path, saved: Saved) -> None:
+        if saved.notes["step"] == 6:
             raise KeyboardInterrupt
-        save(*arguments)
+        save(directory, saved)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", killed)
@@ -140,8 +176,9 @@ def test_resuming_a_finished_run_returns_its_product(tmp_path: Path) -> None:
 
 
 def test_resuming_another_configuration_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="no checkpoint") as refused:
         run(tmp_path, config(), resume=True)
+    assert "--resume" in refused.value.next_step
     run(tmp_path, config(epochs=1))
     with pytest.raises(UsageError, match="another configuration"):
         run(tmp_path, config(epochs=2), resume=True)
@@ -151,19 +188,106 @@ def test_a_fresh_run_forgets_the_checkpoint_before_it(tmp_path: Path) -> None:
     run(tmp_path, config(epochs=1))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, config(epochs=1), progress=Interrupt(1))
-    with pytest.raises(UsageError, match="no checkpoint"):
-        run(tmp_path, config(epochs=1), resume=True)
+    notes = Notes()
+    with pytest.warns(TrainingWarning, match="from the beginning"):
+        run(tmp_path, config(epochs=1), resume=True, progress=notes)
+    assert notes.said[0] == ("pretrain", 3, "steps")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves_it(tmp_path: Path, number: signal.Signals) -> None:
+    setup = config(epochs=3)
+    whole = run(tmp_path / "whole", setup)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match="after step 5 of 9"):
+        run(tmp_path / "broken", setup, progress=Signalled(5, number))
+    assert signal.getsignal(number) is before
+    notes = Notes()
+    assert same(whole, run(tmp_path / "broken", setup, resume=True, progress=notes))
+    assert notes.said[0] == ("pretrain", 4, "steps")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(tmp_path, config(), progress=Signalled(2, signal.SIGINT, signal.SIGINT))
+    assert not str(stopped.value)
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(run, tmp_path / "a", config(epochs=1)).result()
+    assert same(trained, run(tmp_path / "b", config(epochs=1)))
+
+
+def test_the_average_of_the_weights_is_what_is_stored(tmp_path: Path) -> None:
+    """One step an epoch, so that every step's weights are known from shorter runs."""
+    name = "trunk.0.0.weight"
+    plain = [run(tmp_path, config(epochs=n, steps_per_epoch=1, schedule="exponential")).state[name] for n in (1, 2, 3)]
+    averaged = run(tmp_path, config(epochs=3, steps_per_epoch=1, schedule="exponential", ema=0.5)).state[name]
+    torch.manual_seed(config().seed)
+    card = new_card(config(), "a", "tiny")
+    expected = build_network(card.factory, card.outputs, card.network).state_dict()[name]
+    for step, tensor in enumerate(plain):
+        decay = min(0.5, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * tensor
+    torch.testing.assert_close(averaged, expected)
+
+
+def test_the_best_epoch_by_validation_is_stored_and_patience_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out losses as they are said here: which epoch of a run of real losses is the best one hangs on rounding."""
+    said = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.1, 12: 0.5}  # by step
+
+    def judged(of: Validation, weights: Any) -> dict[str, float]:
+        return {"validation_loss": said[int(weights["trunk.0.1.num_batches_tracked"])]}
+
+    monkeypatch.setattr(Validation, "figures", judged)
+    setup = config(epochs=6, steps_per_epoch=2, validation_share=0.3, patience=2, schedule="exponential")
+    notes = Notes()
+    trained = run(tmp_path / "early", setup, progress=notes)
+    assert [(entry["epoch"], entry["best_epoch"]) for entry in entries(trained)] == [(1, 1), (2, 2), (3, 2), (4, 2)]
+    assert notes.said == [("pretrain", 12, "steps"), *[1] * 8, "finished"]
+    assert same(trained, run(tmp_path / "short", replace(setup, epochs=2)))
+    assert same(trained, run(tmp_path / "early", setup, resume=True))  # a run that gave up does not go on
+    assert len(entries(trained)) == 4
+
+    late = run(tmp_path / "late", replace(setup, patience=0))
+    assert [entry["best_epoch"] for entry in entries(late)] == [1, 2, 2, 2, 5, 5]
+    assert late.state["trunk.0.1.num_batches_tracked"] == 10
+
+
+def test_validation_changes_nothing_that_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same two scans trained on, with and without a third one that is judged after every epoch."""
+    setup = config(epochs=3, validation_share=0.3)
+    _, (held,) = split(["a", "b", "c"], 0.3, setup.seed)
+    rows = [row for row in range(3) if row != held]
+    monkeypatch.setattr(Best, "consider", lambda *_: None)  # so that the last weights are stored
+    with_validation = run(tmp_path / "with", setup)
+    (tmp_path / "without").mkdir()
+    alone = train(
+        replace(setup, validation_share=0.0), [sources(3)[row] for row in rows], tmp_path / "without", device="cpu"
+    )
+    assert same(with_validation, alone)
+    assert all("validation_distance_error_mm" in entry for entry in entries(with_validation))
+
+
+def test_validation_needs_to_know_the_subjects(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="subject of every scan"):
+        train(config(validation_share=0.3), sources(3), tmp_path, device="cpu")
+    with pytest.raises(UsageError, match="two subjects"):
+        train(config(validation_share=0.3), sources(3), tmp_path, subjects=["a"] * 3, device="cpu")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    real = trainer.joint_loss
+    real = Method.forward
 
-    def broken(outputs: Any, batch: Any, network: Any, setup: Any, step: int) -> Any:
-        losses = real(outputs, batch, network, setup, step)
+    def broken(method: Method, outputs: Any, batch: Any, step: int) -> Any:
+        losses = real(method, outputs, batch, step)
         return replace(losses, total=losses.total * float(value)) if step == 4 else losses
 
-    monkeypatch.setattr(trainer, "joint_loss", broken)
+    monkeypatch.setattr(Method, "forward", broken)
     with pytest.raises(TrainingDiverged, match="step 4") as diverged:
         run(tmp_path, config())
     assert "learning_rate" in diverged.value.next_step
@@ -174,12 +298,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
 def test_collapsing_embeddings_are_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = trainer.joint_loss
+    real = Method.forward
 
-    def flat(outputs: Any, *rest: Any) -> Any:
-        return real({**outputs, "embedding": outputs["embedding"] * 0}, *rest)
+    def flat(method: Method, outputs: Any, *rest: Any) -> Any:
+        return real(method, {**outputs, "embedding": outputs["embedding"] * 0}, *rest)
 
-    monkeypatch.setattr(trainer, "joint_loss", flat)
+    monkeypatch.setattr(Method, "forward", flat)
     with pytest.warns(TrainingWarning, match="collapsing"):
         run(tmp_path, config(epochs=1))
     with _messages(Session()):  # as `isimed pretrain` runs it

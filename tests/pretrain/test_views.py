@@ -9,10 +9,11 @@ from affines import affines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretraining import STILL
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import find_objects, label, map_coordinates
 
 from isimed_index.config import Augmentation
-from isimed_index.pretrain.views import WorkingVolume, cut, random_pose, recolour, view_affine
+from isimed_index.pretrain.holes import disturbed
+from isimed_index.pretrain.views import Window, cut, random_pose, reach, recolour, view_affine
 from isimed_index.space import Affine, apply_affine
 
 SHAPE = (48, 40, 44)
@@ -22,10 +23,6 @@ HALF = 2e-3  # float16 near 1 rounds to 5e-4; interpolation adds a little
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def working(values: np.ndarray, affine: Affine, background: float) -> WorkingVolume:
-    return WorkingVolume(torch.from_numpy(values).half(), affine, background, np.zeros((1, 3), np.int16))
 
 
 def view_places(centre: np.ndarray, pose: np.ndarray, side: int) -> np.ndarray:
@@ -53,7 +50,9 @@ def test_a_voxel_of_a_view_lies_where_its_affine_says(affine: Affine, pose: np.n
     to_mm = affine @ view_affine(centre, pose, 12)
     for axis in range(3):
         low, span = mm[..., axis].min(), np.ptp(mm[..., axis])
-        shown = cut(working(((mm[..., axis] - low) / span).astype(np.float32), affine, 0.0), centre, pose, 12)
+        shown = cut(
+            Window.of(((mm[..., axis] - low) / span).astype(np.float32), 0.0), view_affine(centre, pose, 12), 12
+        )
         expected = (apply_affine(to_mm, np.moveaxis(np.indices((12,) * 3), 0, -1))[..., axis] - low) / span
         np.testing.assert_allclose(shown, expected, atol=HALF)
 
@@ -64,18 +63,18 @@ def test_beyond_the_border_lies_background(pose: np.ndarray, seed: int, spread: 
     """Any centre, also far outside: SciPy's interpolation of a generously padded volume is the oracle."""
     rng = np.random.default_rng(seed)
     values = rng.uniform(-1, 1, (14, 11, 12)).astype(np.float32)
-    made = working(values, np.eye(4), -1.25)
+    made = Window.of(values, -1.25)
     centre = rng.uniform(-spread, np.array(values.shape) - 1 + spread)
     padded = np.pad(made.values.float().numpy(), 4, constant_values=-1.25)
     at = np.moveaxis(view_places(centre, pose, 10), -1, 0) + 4
     expected = map_coordinates(padded, at, order=1, mode="constant", cval=-1.25)
-    np.testing.assert_allclose(cut(made, centre, pose, 10), expected, atol=1e-4)
+    np.testing.assert_allclose(cut(made, view_affine(centre, pose, 10), 10), expected, atol=1e-4)
 
 
 def test_a_still_view_on_whole_voxels_is_a_block_of_the_volume() -> None:
     values = np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
-    made = working(values, np.eye(4), -1.0)
-    shown = cut(made, np.array([20.5, 18.5, 19.5]), np.eye(3), 32)
+    made = Window.of(values, -1.0)
+    shown = cut(made, view_affine(np.array([20.5, 18.5, 19.5]), np.eye(3), 32), 32)
     np.testing.assert_allclose(shown, made.values.float()[5:37, 3:35, 4:36], atol=1e-6)
 
 
@@ -165,3 +164,123 @@ def test_noise_stays_below_its_bound() -> None:
     spreads = [float(recolour(flat, rng, only(noise=0.2)).std()) for _ in range(40)]
     assert 0.15 < max(spreads) < 0.21
     assert min(spreads) < 0.05
+
+
+# -- resolution -----------------------------------------------------------------------------------------------------
+
+SLICES = only(slices_probability=1.0, thickest_vox=4.0)
+
+
+def test_thick_slices_leave_places_where_they_are() -> None:
+    """A ramp along any axis stays, away from the ends: resolution is lost, not position."""
+    at = torch.arange(40, dtype=torch.float32)
+    for axis in range(3):
+        line = at / 20 - 1
+        values = line.reshape([-1 if n == axis else 1 for n in range(3)]).expand(40, 40, 40).contiguous()
+        for seed in range(12):
+            seen = recolour(values, np.random.default_rng(seed), SLICES)
+            inner = (slice(10, -10),) * 3
+            torch.testing.assert_close(seen[inner], values[inner], atol=2e-3, rtol=0)
+
+
+def test_thick_slices_blur_one_axis_alone() -> None:
+    spot = torch.zeros(33, 33, 33)
+    spot[16, 16, 16] = 1
+    blurred = set()
+    for seed in range(24):
+        seen = recolour(spot, np.random.default_rng(seed), SLICES)
+        extents = [int((seen.sum(dim=tuple({0, 1, 2} - {axis})).abs() > 1e-4).sum()) for axis in range(3)]
+        assert sorted(extents)[:2] == [1, 1]
+        if max(extents) > 1:
+            blurred.add(int(np.argmax(extents)))
+    assert blurred == {0, 1, 2}
+
+
+def test_thick_slices_are_as_rare_as_said() -> None:
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.normal(size=(12, 12, 12)).astype(np.float32))
+    changed = [not torch.equal(recolour(noise, rng, only(slices_probability=0.3)), noise) for _ in range(300)]
+    assert np.mean(changed) == pytest.approx(0.3, abs=0.08)
+
+
+# -- holes ----------------------------------------------------------------------------------------------------------
+
+BACKGROUND = -7.0
+
+
+def told_apart(side: int = 32) -> torch.Tensor:
+    """A view whose voxels all differ."""
+    return torch.arange(side**3, dtype=torch.float32).reshape((side,) * 3)
+
+
+def holes(seed: int) -> torch.Tensor:
+    return disturbed(told_apart(), np.random.default_rng(seed), only(holes=True), BACKGROUND)
+
+
+def test_six_holes_or_all_but_six_windows_are_dropped() -> None:
+    kinds = []
+    for seed in range(60):
+        seen = holes(seed)
+        dropped = seen == BACKGROUND
+        assert torch.equal(seen[~dropped], told_apart()[~dropped])
+        few = int(dropped.sum()) <= 6 * 10**3
+        kinds.append(few)
+        piece = dropped if few else ~dropped
+        assert int(piece.sum()) >= 3**3
+        assert int(piece.sum()) <= 6 * (10**3 if few else 21**3)
+    assert np.mean(kinds) == pytest.approx(0.5, abs=0.2)
+
+
+def test_holes_have_three_to_ten_voxels_an_edge_all_as_often() -> None:
+    """Where no two holes touch, every piece is a box."""
+    edges, windows = [], []
+    for seed in range(300):
+        dropped = (holes(seed) == BACKGROUND).numpy()
+        few = dropped.mean() < 0.5
+        pieces, count = label(dropped if few else ~dropped)
+        if count == 6:
+            for box in find_objects(pieces):
+                (edges if few else windows).extend(part.stop - part.start for part in box)
+    counts = np.bincount(edges, minlength=11)
+    assert counts.sum() > 500
+    assert set(edges) == set(range(3, 11))
+    assert counts[3:].min() > 0.4 * counts[3:].mean()  # but for small ones, which touch less often
+    assert set(windows) <= set(range(3, 22))
+
+
+def test_shuffling_moves_voxels_within_two_cubes() -> None:
+    moved = 0
+    for seed in range(60):
+        seen = disturbed(told_apart(), np.random.default_rng(seed), only(shuffle_probability=0.8), BACKGROUND)
+        assert torch.equal(seen.flatten().sort().values, told_apart().flatten())
+        changed = torch.nonzero(seen != told_apart())
+        assert len(changed) <= 2 * 6**3
+        moved += len(changed) > 0
+    assert moved / 60 == pytest.approx(0.8, abs=0.15)
+
+
+def test_holes_are_drawn_by_the_generator_alone_and_the_view_stays() -> None:
+    view, both = told_apart(), only(holes=True, shuffle_probability=1.0)
+    first, again, other = (disturbed(view, np.random.default_rng(seed), both, BACKGROUND) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(view, told_apart())
+    assert type(first) is torch.Tensor
+    assert disturbed(view, np.random.default_rng(3), STILL, BACKGROUND) is view
+
+
+# -- windows --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(pose=poses, seed=st.integers(0, 999), still=st.booleans())
+def test_the_reach_of_a_view_is_all_that_it_needs(pose: np.ndarray, seed: int, still: bool) -> None:
+    """A window of just the reach gives the view of the whole volume, to the bit."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1, 1, (24, 20, 22)).astype(np.float32)
+    centre = rng.uniform(-12, np.array(values.shape) + 12)
+    to_volume = view_affine(np.rint(centre) + 0.5, np.eye(3), 10) if still else view_affine(centre, pose, 10)
+    box = reach(to_volume, 10, values.shape)
+    part = values[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+    whole = cut(Window.of(values, -1.5), to_volume, 10)
+    assert torch.equal(cut(Window.of(part, -1.5, box.start, values.shape), to_volume, 10), whole)

@@ -9,7 +9,8 @@ from scipy import ndimage
 
 from isimed_index import space
 from isimed_index.errors import UsageError
-from isimed_index.scans.prepare import Intensity, prepare, resample
+from isimed_index.grid import Box
+from isimed_index.scans.prepare import Intensity, WorkingGrid, prepare, resample, thick_slices
 
 SHAPES = st.tuples(*[st.integers(5, 14)] * 3)
 
@@ -202,3 +203,51 @@ def test_a_window_is_the_same_for_every_scan_and_padding_is_air():
     np.testing.assert_allclose(volume.values[14, 14, 14], values[14, 14, 14] / 1000, atol=1e-6)
     assert window.scale(np.full((2, 2, 2), 3000, np.float32)).max() == 1
     assert Intensity().fields() == {"low_percentile": 5, "high_percentile": 95, "low": -1, "high": 1, "clip": 1.5}
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    affine=affines(shear=0.3),
+    spacing=st.one_of(st.none(), st.floats(0.5, 6)),
+    window=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_a_box_made_alone_is_that_of_the_whole_volume(shape, affine, spacing, window, seed):
+    """Whatever the spacing, and at the borders too: the few voxels that are read reach as far as the smoothing sees."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1000, 1000, shape).astype(np.float32)
+    intensity = Intensity(window_low=-500.0, window_high=800.0) if window else Intensity()
+    whole = prepare(values, affine, spacing, intensity)
+    grid = WorkingGrid.of(shape, affine, spacing)
+    assert grid.shape == whole.values.shape
+    np.testing.assert_array_equal(grid.affine, whole.affine)
+    ends = np.sort(rng.integers(0, np.array(grid.shape) + 1, (2, 3)), axis=0)
+    start = np.minimum(ends[0], np.array(grid.shape) - 1)
+    box = Box(tuple(start), tuple(np.maximum(ends[1], start + 1)))
+    needed, within = grid.source_box(box).slices(shape)
+    assert all(part == slice(0, n) for part, n in zip(within, grid.source_box(box).shape, strict=True))  # all inside
+    part = intensity.scale(grid.part(values[needed], box), whole.ends)
+    expected = whole.values[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+    np.testing.assert_allclose(part, expected, atol=1e-4)
+
+
+def test_a_box_needs_few_voxels_of_the_scan():
+    grid = WorkingGrid.of((400, 400, 400), np.eye(4), 2.0)
+    assert max(grid.source_box(Box((50, 60, 70), (70, 80, 90))).shape) <= 2 * 20 + 2 * 3 + 1
+
+
+@given(side=st.integers(8, 60), thickness=st.floats(1, 6), first=st.floats(0, 1))
+def test_thick_slices_keep_places(side, thickness, first):
+    matrix = thick_slices(side, thickness, first * thickness)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+    line = np.arange(side, dtype=np.float32)
+    reach = int(2 * thickness) + 6
+    np.testing.assert_allclose((matrix @ line)[reach:-reach], line[reach:-reach], atol=1e-3 * side)
+
+
+def test_ends_of_an_earlier_preparation_give_the_same_volume():
+    values = np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32)
+    first = prepare(values, np.eye(4), 2.0, Intensity())
+    np.testing.assert_array_equal(prepare(values, np.eye(4), 2.0, Intensity(), first.ends).values, first.values)
+    shifted = prepare(values, np.eye(4), 2.0, Intensity(), (-10.0, 10.0)).values
+    assert np.abs(shifted).max() < 0.5

@@ -1,8 +1,9 @@
-"""The coordinate objective: predicted offsets between patches of one scan equal their true offsets.
+"""The coordinate objectives: predicted coordinates of patches equal the true ones.
 
 Distances alone leave a mirror image open; offsets along Right, Anterior and Superior do not. Comparing offsets
 *within* a scan needs no common frame: one function of appearance has to explain the offsets of every scan at once, so
-the frame that all scans share emerges from the training and is fixed up to one translation.
+the frame that all scans share emerges from the training and is fixed up to one translation. The plain regressor that
+the ISImed paper's code has compares coordinates themselves, and so needs scans in a common frame.
 """
 
 from __future__ import annotations
@@ -11,6 +12,23 @@ import torch
 from torch.nn import functional as F
 
 from isimed_index.pretrain.objectives.precision import at_least_float32
+
+
+def coordinate_loss(
+    positions_mm: torch.Tensor, centres_mm: torch.Tensor, *, unit_mm: float = 100.0, huber: float | None = None
+) -> torch.Tensor:
+    """Mean over patches of the squared distance between predicted and true coordinates, in units; a scalar.
+
+    Args:
+        positions_mm: (n, 3) predicted coordinates, mm.
+        centres_mm: (n, 3) true patch centres in a frame that all scans share, mm.
+        unit_mm: the unit in which the error is measured.
+        huber: from how many units on an axis's error counts linearly; half its square counts below. None: its square.
+    """
+    error = (at_least_float32(positions_mm) - at_least_float32(centres_mm)) / unit_mm  # (n, 3)
+    if huber is None:
+        return error.square().sum(dim=1).mean()
+    return F.huber_loss(error, torch.zeros_like(error), delta=huber) * 3.0
 
 
 def offset_loss(

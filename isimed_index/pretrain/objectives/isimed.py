@@ -20,8 +20,11 @@ def distance_loss(
     pairs: Pairs = "within",
     unit_mm: float = 100.0,
     near_mm: float | None = None,
+    huber: float | None = None,
 ) -> torch.Tensor:
     """Mean squared difference between latent and physical distance over pairs of patches; a scalar, float32 or float64.
+
+    Nothing here is bound to millimetres but the names: with centres in voxels, `unit_mm` and `near_mm` are voxels too.
 
     Args:
         embeddings: (n, d) latent vectors.
@@ -32,6 +35,7 @@ def distance_loss(
         unit_mm: how many millimetres one unit of latent distance stands for.
         near_mm: weight a pair by 1 / (distance + near_mm), normalised to mean one, so that far pairs do not drown the
             near ones; None is the paper's plain mean.
+        huber: from how many units on a difference counts linearly, and half its square below; None is its square.
     """
     physical = _distances(at_least_float32(centres_mm))  # (n, n) mm
     latent = _distances(at_least_float32(embeddings)) * unit_mm
@@ -41,7 +45,11 @@ def distance_loss(
     weight = chosen.to(latent.dtype)
     if near_mm is not None:
         weight = weight / (physical + near_mm)
-    error = ((latent - physical) / unit_mm).square()
+    difference = (latent - physical) / unit_mm
+    if huber is None:
+        error = difference.square()
+    else:
+        error = F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=huber)
     return (error * weight).sum() / weight.sum().clamp(min=1e-12)
 
 
@@ -51,9 +59,3 @@ def _distances(x: torch.Tensor) -> torch.Tensor:
     norm = centred.square().sum(1)
     squared = norm[:, None] + norm[None, :] - 2 * centred @ centred.T
     return (squared.clamp(min=0) + 1e-8).sqrt()
-
-
-def distance_error_mm(embeddings: torch.Tensor, centres_mm: torch.Tensor, unit_mm: float) -> torch.Tensor:
-    """Mean of |D_latent - D_physical| in mm over all pairs (ISImed, Fig. 1); inputs (n, d) and (n, 3)."""
-    latent = F.pdist(embeddings.float()) * unit_mm
-    return (latent - F.pdist(centres_mm.float())).abs().mean()

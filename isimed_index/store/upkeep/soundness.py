@@ -19,7 +19,7 @@ import numpy as np
 from isimed_index.contracts import arrow_schema, table_contract
 from isimed_index.errors import IsimedError, StoreUnreadable
 from isimed_index.store.checks import check_coverage
-from isimed_index.store.files import CARD, WEIGHTS, file_digest
+from isimed_index.store.files import CARD, MODEL, WEIGHTS, file_digest
 from isimed_index.store.integrity import check_hash, check_size
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.place.faults import spare
@@ -201,9 +201,9 @@ def _encoder(sound: Soundness, artefact: Artefact) -> Iterator[Finding]:
     card = json.loads((path / CARD).read_text(encoding="utf-8"))
     if card["id"] != artefact.fields["encoder"]:
         yield Finding.of("encoder_mismatch", artefact.path, "an encoder's card carries another id than its manifest")
-    weights = card["weights_sha256"]
-    if weights is not None and artefact.path in sound.hashed and file_digest(path / WEIGHTS)[1] != weights:
-        yield Finding.of("weights_mismatch", artefact.path, f"{WEIGHTS} do not match the hash on their card")
+    for name, sha256 in ((WEIGHTS, card["weights_sha256"]), (MODEL, card.get("model_sha256"))):
+        if sha256 is not None and artefact.path in sound.hashed and file_digest(path / name)[1] != sha256:
+            yield Finding.of("weights_mismatch", artefact.path, f"{name} does not match the hash on its card")
 
 
 def _frame(sound: Soundness, artefact: Artefact) -> Iterator[Finding]:

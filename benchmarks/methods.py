@@ -1,0 +1,376 @@
+"""What each training method makes of the same cohort in the same time: the paper's, the default, and no training.
+
+    python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--out FILE.json]
+
+FOLDER holds real heads (docs/how-to/real-test-data.md: `ixi`). All methods train the same trunk (`StemNet` of one
+width) on the training subjects, on one core, for as many steps as fit into the minutes; two trainings run side by side.
+Then test heads, which no method has seen, are matched in all ordered pairs, the target as it is and under each change
+of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
+
+    within, across   |D_latent − D_physical| in mm, pairs of patches of one head and of two. Latent distances are scaled
+                     by the one factor that fits best, for not every method has millimetres; places of two heads are
+                     compared after an affine to the mean of the landmarks, which uses labels
+    rankme           effective rank of the vectors that matches are searched in
+    nearest, affine, local   error in mm at the centroids of the labels after each step of the plain consensus
+    deep             `local` over the deep structures alone
+    knn              share of patches whose structure is that of most of their five nearest patches in other heads
+
+`random` is the untrained trunk, its features whitened on three heads. Everything that is trained is searched as its
+card says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import isimed_index as isi
+from isimed_index.config import PretrainConfig, pretrain_config
+from isimed_index.encode import encode_volume
+from isimed_index.evaluate.plain import Described, plain_consensus
+from isimed_index.scans.chunks import open_chunks
+from isimed_index.scans.prepare import prepare
+from isimed_index.space import apply_affine
+from isimed_index.testing.variants import VARIANTS, Head, vary
+
+WIDTH = 16
+EMBEDDING = 128
+PAPER = {"network": "stem", "width": WIDTH, "embedding_dim": EMBEDDING}
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → preset, method, what is changed
+    "default": ("default", "isimed", {"width": WIDTH}),
+    "isimed": ("paper", "isimed", PAPER),
+    "barlowtwins": ("paper", "barlowtwins", PAPER),
+    "simclr": ("paper", "simclr", PAPER),
+    "regisimed": ("paper", "regisimed", PAPER),
+}
+RANDOM = "random"
+EPOCHS = 20  # of as many steps as fit: what schedules and records go by
+STRIDE_VOX = 4
+LEAST_VOXELS = 20  # of a landmark
+MARGIN_MM = 6.0  # of a landmark from the border of what is left of the field of view
+NEIGHBOURS = 5
+SAMPLE = 400  # patches of a head, for distances and neighbours
+
+
+def recipe(name: str, seed: int) -> PretrainConfig:
+    """The configuration of a method, but for the number of its steps."""
+    preset, method, changed = RECIPES[name]
+    config = pretrain_config(preset, overrides={"method": method, "seed": seed, **changed})
+    return replace(config, epochs=EPOCHS, steps_per_epoch=1)
+
+
+def heads_of(data: Path, split: str) -> list[str]:
+    """The subjects of one split."""
+    with (data / "ixi" / "participants.tsv").open(encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [row["participant_id"] for row in rows if row["split"] == split]
+
+
+def build_store(data: Path, folder: Path, heads: int) -> Path:
+    """A store of all training heads, and of the test heads that are matched, with their label maps."""
+    images = data / "ixi" / "t1"
+    store = isi.create(folder / "cohort.isimed")
+    store.add([images / f"{subject}_T1.nii.gz" for subject in heads_of(data, "train")])
+    labels = str(data / "ixi" / "seg" / "{stem}_DLMUSE.nii.gz")
+    store.add([images / f"{subject}_T1.nii.gz" for subject in heads_of(data, "test")[:heads]], labels=labels)
+    return store.path
+
+
+def train(path: Path, name: str, seed: int, minutes: float, data: Path) -> dict[str, Any]:
+    """Train one method for some minutes of one core and store its encoder; runs in a process of its own."""
+    store = isi.open(path)
+    config = recipe(name, seed)
+    subjects = ", ".join(f"'{subject}_T1'" for subject in heads_of(data, "train"))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trained(steps_per_epoch: int, epochs: int) -> tuple[str, float]:
+            file = Path(folder) / "config.toml"
+            preset, method, changed = RECIPES[name]
+            values = {**changed, "steps_per_epoch": steps_per_epoch, "cache_gib": 4.0, "sampler_threads": 1}
+            file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+            began = time.process_time()
+            card = store.pretrain(
+                method, preset, config=file, epochs=epochs, where=f"scan IN ({subjects})", seed=seed, device="cpu"
+            )
+            return card.id, time.process_time() - began
+
+        trial = max(2, -(-200 // config.batch_scans))  # every scan is prepared about twice: later steps only learn
+        _, first = trained(trial, 1)
+        _, more = trained(2 * trial, 1)
+        each = max((more - first) / trial, 1e-3)
+        steps = max(1, round(60 * minutes / each / EPOCHS))
+        encoder, seconds = trained(steps, EPOCHS)
+    return {"encoder": encoder, "steps": steps * EPOCHS, "core_minutes": round(seconds / 60, 2)}
+
+
+class Judge:
+    """The test heads of a store, and what an encoder makes of them."""
+
+    def __init__(self, path: Path, encoder: str, data: Path, heads: int) -> None:
+        from isimed_index.encoders.runtime import load_encoder
+
+        self.store = isi.open(path, mode="r")
+        self.whiten = encoder.startswith(RANDOM)
+        self.encoder = (
+            untrained(int(encoder.removeprefix(RANDOM)))
+            if self.whiten
+            else load_encoder(self.store.snapshot.encoder_path(encoder), "cpu")
+        )
+        self.heads = [self._head(f"{subject}_T1") for subject in heads_of(data, "test")[:heads]]
+        with (data / "ixi" / "labels.tsv").open(encoding="utf-8") as file:
+            self.deep = {int(row["label"]) for row in csv.DictReader(file, delimiter="\t") if row["deep"] == "1"}
+        self.landmarks = [self._landmarks(f"{subject}_T1") for subject in heads_of(data, "test")[:heads]]
+        self.rows = [self.encoded(head) for head in self.heads]
+        self.standard = self._standard([vectors for _, vectors in self.rows[:3]])
+
+    def _head(self, scan: str) -> Head:
+        stored = open_chunks(self.store.snapshot.chunks_path(scan))
+        labels = stored.labels()
+        assert labels is not None
+        return Head(stored.values(), labels, stored.affine)
+
+    def _landmarks(self, scan: str) -> dict[int, np.ndarray]:
+        query = "SELECT label, x_mm, y_mm, z_mm FROM labels WHERE scan = $scan AND voxels >= $least"
+        rows = self.store.sql(query, {"scan": scan, "least": LEAST_VOXELS}).to_pylist()
+        return {row["label"]: np.array([row["x_mm"], row["y_mm"], row["z_mm"]]) for row in rows}
+
+    def encoded(self, head: Head) -> tuple[np.ndarray, np.ndarray]:
+        """Centres (n, 3) RAS+ mm and vectors (n, d) of a head's patches."""
+        card = self.encoder.card
+        volume = prepare(head.values.astype(np.float32), head.affine, card.spacing_mm, card.intensity)
+        grid, numbers, vectors, _ = encode_volume(self.encoder, volume, STRIDE_VOX)
+        return grid.centres_mm(numbers), vectors[card.match_output]
+
+    def _standard(self, samples: list[np.ndarray]) -> Any:
+        """What is done to vectors before they are compared."""
+        if self.whiten:
+            rows = np.concatenate(samples).astype(np.float64)
+            middle = rows.mean(axis=0)
+            _, values, axes = np.linalg.svd(rows - middle, full_matrices=False)
+            turn = axes[:64].T / (values[:64] / len(rows) ** 0.5 + 1e-3)
+            return lambda x: unit((x - middle) @ turn)
+        return unit if self.encoder.card.metric == "cosine" else lambda x: x.astype(np.float32)
+
+    def described(self, rows: tuple[np.ndarray, np.ndarray]) -> Described:
+        return Described(rows[0], self.standard(rows[1]))
+
+    def figures(self) -> dict[str, Any]:
+        """Everything that is told of an encoder."""
+        plain = [self.described(rows) for rows in self.rows]
+        told: dict[str, Any] = self._structure(plain)
+        for variant in VARIANTS:
+            told[variant] = self._matched(plain, variant)
+        return told
+
+    def _matched(self, plain: list[Described], variant: str) -> dict[str, float]:
+        """Mean errors in mm over all ordered pairs of heads, the target under a change."""
+        errors: dict[str, list[float]] = {"nearest": [], "affine": [], "local": [], "deep": []}
+        for b, head in enumerate(self.heads):
+            varied, to = vary(head, variant)
+            target = plain[b] if variant == "plain" else self.described(self.encoded(varied))
+            truth = {label: apply_affine(to, point) for label, point in self.landmarks[b].items()}
+            corner = varied.affine @ [0, 0, 0, 1]
+            seen = {label for label, point in truth.items() if (point > corner[:3] + MARGIN_MM).all()}
+            for a in range(len(self.heads)):
+                labels = sorted(self.landmarks[a].keys() & seen)
+                if a == b:
+                    continue
+                answers = plain_consensus(plain[a], target, np.array([self.landmarks[a][label] for label in labels]))
+                for step in ("nearest", "affine", "local"):
+                    found = getattr(answers, step)
+                    error = [float(np.linalg.norm(p - truth[label])) for p, label in zip(found, labels, strict=True)]
+                    errors[step] += error
+                errors["deep"] += [e for e, label in zip(error, labels, strict=True) if label in self.deep]
+        return {step: round(statistics.fmean(values), 2) for step, values in errors.items()}
+
+    def _structure(self, plain: list[Described]) -> dict[str, float]:
+        """Distance errors within and across heads, effective rank, and structures of nearest patches."""
+        rng = np.random.default_rng(0)
+        parts, common, places, structures = [], [], [], []
+        middle = self._mean_landmarks()
+        for head, rows, landmarks in zip(self.heads, plain, self.landmarks, strict=True):
+            voxel = np.rint(apply_affine(np.linalg.inv(head.affine), rows.places_mm)).astype(int)
+            inside = ((voxel >= 0) & (voxel < head.labels.shape)).all(axis=1)
+            label = np.zeros(len(voxel), int)
+            label[inside] = head.labels[tuple(voxel[inside].T)]
+            some = rng.permutation(np.flatnonzero(label))[:SAMPLE]
+            parts.append(rows.vectors[some])
+            places.append(rows.places_mm[some])
+            structures.append(label[some])
+            keys = sorted(landmarks.keys() & middle.keys())
+            design = np.c_[np.array([landmarks[key] for key in keys]), np.ones(len(keys))]
+            to_common = np.linalg.lstsq(design, np.array([middle[key] for key in keys]), rcond=None)[0]
+            common.append(np.c_[places[-1], np.ones(len(some))] @ to_common)
+        within = [(spread(x), spread(p)) for x, p in zip(parts, places, strict=True)]
+        pairs = list(itertools.combinations(range(len(parts)), 2))
+        across = [(between(parts[a], parts[b]), between(common[a], common[b])) for a, b in pairs]
+        singular = np.linalg.svd(np.concatenate(parts) - np.concatenate(parts).mean(axis=0), compute_uv=False)
+        share = singular / singular.sum() + 1e-7
+        return {
+            "within": distance_error(within),
+            "across": distance_error(across),
+            "rankme": round(float(np.exp(-(share * np.log(share)).sum())), 1),
+            "knn": self._neighbours(parts, structures),
+        }
+
+    def _mean_landmarks(self) -> dict[int, np.ndarray]:
+        shared = set.intersection(*(set(landmarks) for landmarks in self.landmarks))
+        return {label: np.mean([landmarks[label] for landmarks in self.landmarks], axis=0) for label in shared}
+
+    def _neighbours(self, parts: list[np.ndarray], structures: list[np.ndarray]) -> float:
+        right = []
+        for own in range(len(parts)):
+            others = [n for n in range(len(parts)) if n != own]
+            rows, labels = (np.concatenate([x[n] for n in others]) for x in (parts, structures))
+            near = np.argsort(between(parts[own], rows), axis=1)[:, :NEIGHBOURS]
+            for found, label in zip(labels[near], structures[own], strict=True):
+                values, counts = np.unique(found, return_counts=True)
+                right.append(values[counts.argmax()] == label)
+        return round(float(np.mean(right)), 3)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    scaled: np.ndarray = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+    return scaled
+
+
+def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distances (n, m) of the rows of two arrays."""
+    square = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+    return np.sqrt(np.maximum(square, 0))
+
+
+def spread(x: np.ndarray) -> np.ndarray:
+    """Distances of all pairs of rows."""
+    return between(x, x)[np.triu_indices(len(x), 1)]
+
+
+def distance_error(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean |D_latent − D_physical| in mm, latent distances scaled by least squares."""
+    latent, physical = (np.concatenate([np.ravel(pair[n]) for pair in pairs]) for n in (0, 1))
+    factor = float((latent * physical).sum() / max((latent**2).sum(), 1e-12))
+    return round(float(np.abs(factor * latent - physical).mean()), 1)
+
+
+def untrained(seed: int) -> Any:
+    """The trunk of the others with random weights, its batch-norms set by a few patches of noise-free anatomy."""
+    import torch
+
+    from isimed_index.encoders.networks import build_network
+    from isimed_index.encoders.runtime import TorchEncoder
+    from isimed_index.pretrain.trainer import new_card
+    from isimed_index.testing.templates import ellipsoid_head
+
+    features = 12 * WIDTH
+    card = new_card(replace(recipe("isimed", seed), embedding_dim=features), RANDOM, RANDOM)
+    torch.manual_seed(seed)
+    network = build_network(card.factory, card.outputs, card.network).train()
+    torch.nn.init.eye_(network.heads["embedding"].weight.data.view(features, features))
+    torch.nn.init.zeros_(network.heads["embedding"].bias)
+    head = ellipsoid_head(2.0)
+    volume = prepare(head.values, head.affine, card.spacing_mm, card.intensity)
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.tensor(volume.values)[None, None])
+    return TorchEncoder(card, network, torch.device("cpu"))
+
+
+def called(arguments: list[str]) -> dict[str, Any]:
+    """This script in a process of its own with one thread; what it prints last."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=env)
+    told: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    return told
+
+
+def compared(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every method with every seed: trained, two at a time, then judged."""
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
+        path = build_store(given.data, Path(place), given.heads)
+        shared = ["--data", str(given.data), "--heads", str(given.heads), "--store", str(path)]
+
+        def one(task: tuple[int, str]) -> dict[str, Any]:
+            seed, name = task
+            row: dict[str, Any] = {"method": name, "seed": seed}
+            encoder = f"{RANDOM}{seed}"
+            if name != RANDOM:
+                row |= called([*shared, "--minutes", str(given.minutes), "--train", name, "--seed", str(seed)])
+                encoder = row["encoder"]
+            row |= called([*shared, "--judge", encoder])
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            return row
+
+        names = [name for name in [*RECIPES, RANDOM] if name in (given.only or [*RECIPES, RANDOM])]
+        return list(pool.map(one, itertools.product(range(given.seeds), names)))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean ± sd over seeds, a line a method, as Markdown."""
+    columns = [
+        "within",
+        "across",
+        "rankme",
+        "knn",
+        *(f"{v} {s}" for v in VARIANTS for s in ("nearest", "local", "deep")),
+    ]
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        of = [row for row in rows if row["method"] == name]
+        cells = []
+        for column in columns:
+            variant, _, step = column.partition(" ")
+            values = [row[variant][step] if step else row[variant] for row in of]
+            spread_of = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3g}{spread_of}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table, and write all figures to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of real volumes; without it nothing is measured")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of one core, for each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=6, help="test heads that are matched")
+    parser.add_argument("--only", action="append", choices=[*RECIPES, RANDOM])
+    parser.add_argument("--out", type=Path)
+    for hidden in ("--store", "--train", "--judge"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.data is None:
+        print("no --data: real heads are needed", file=sys.stderr)
+        return 0
+    if given.train:
+        print(json.dumps(train(Path(given.store), given.train, given.seed, given.minutes, given.data)))
+        return 0
+    if given.judge:
+        print(json.dumps(Judge(Path(given.store), given.judge, given.data, given.heads).figures()))
+        return 0
+    rows = compared(given)
+    print(table(rows))
+    if given.out:
+        given.out.write_text(
+            json.dumps({"minutes": given.minutes, "heads": given.heads, "rows": rows}, indent=1) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,190 @@
+"""`isimed pretrain` that is killed or asked to stop goes on where its last checkpoint was, to the same encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cohorts import tiny_scan
+from safetensors import SafetensorError, safe_open
+
+import isimed_index as isi
+from isimed_index import training
+from isimed_index.encoders.card import EncoderCard
+from isimed_index.encoders.runtime import write_encoder
+from isimed_index.errors import TrainingWarning, UsageError
+from isimed_index.progress import Silent
+
+STEPS = 20
+CONFIG = f"""
+width = 1
+embedding_dim = 2
+descriptor_dim = 2
+view_vox = 36
+crops_per_scan = 1
+patches_per_scan = 8
+batch_scans = 2
+steps_per_epoch = {STEPS // 2}
+precision = "float32"
+ema = 0.9
+validation_share = 0.4
+"""
+
+
+class Notes(Silent):
+    """Remembers how many steps were left."""
+
+    left = -1
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self.left = total or 0
+
+
+class Killed(Notes):
+    """Does not let a training take a step."""
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        super().start(task, total, unit)
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with four scans."""
+    folder = tmp_path_factory.mktemp("scans")
+    for n in range(4):
+        tiny_scan(folder / "in" / f"s{n}.nii", n, (40, 40, 40))
+    isi.create(folder / "store").add(folder / "in")
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def whole(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The encoder of a training that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return pretrain(shutil.copytree(scans, folder / "store"), options(folder, 0.0))
+
+
+def options(folder: Path, minutes: float, epochs: int = 2) -> Path:
+    path = folder / "more.toml"
+    path.write_text(f"{CONFIG}checkpoint_minutes = {minutes}\nepochs = {epochs}\n")
+    return path
+
+
+def pretrain(store: Path, config: Path, resume: bool = False, progress: Silent | None = None) -> str:
+    torch.set_num_threads(1)
+    card = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", resume=resume, progress=progress)
+    return card.id
+
+
+def start(store: Path, config: Path) -> subprocess.Popen[str]:
+    arguments = ["-s", str(store), "--preset", "tiny", "--config", str(config), "--device", "cpu", "--no-progress"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "isimed_cli.main", "pretrain", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def saved_step(store: Path) -> int:
+    """The step of the checkpoint that is there, -1 without one."""
+    for path in store.glob("tmp/pretrain-*/checkpoint.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return int(json.loads(file.metadata()["notes"])["step"])
+        except (FileNotFoundError, SafetensorError):
+            pass
+    return -1
+
+
+def wait_until(store: Path, process: subprocess.Popen[str], step: int) -> None:
+    while saved_step(store) < step and process.poll() is None:
+        time.sleep(0.002)
+
+
+def test_a_training_that_is_killed_loses_no_more_than_since_its_last_checkpoint(
+    tmp_path: Path, scans: Path, whole: str
+) -> None:
+    """With checkpoints after every step; the kill comes at a random moment of a random step."""
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 0.0)
+    process = start(store, config)
+    chance = random.Random()
+    wait_until(store, process, chance.randrange(1, STEPS - 5))
+    time.sleep(chance.uniform(0, 0.05))
+    before = saved_step(store)
+    process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    notes = Notes()
+    assert pretrain(store, config, resume=True, progress=notes) == whole
+    assert 0 < notes.left <= STEPS - before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_stop_saves_its_step(tmp_path: Path, scans: Path, number: signal.Signals) -> None:
+    """In the second epoch, before the end of which no checkpoint would be due."""
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=6)
+    total = 3 * STEPS
+    process = start(store, config)
+    wait_until(store, process, 1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ""), errors
+    step = saved_step(store)
+    assert STEPS // 2 < step < total
+    line = errors.splitlines()[-1]
+    assert line.startswith(f"error[interrupted]: training stopped after step {step} of {total}, which is saved. Next:")
+    assert "--resume" in line
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(store, config, resume=True, progress=(again := Killed()))
+    assert again.left == total - step
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, scans: Path, whole: str
+) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 0.0)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        pretrain(store, config, resume=True)
+    assert not list(store.glob("tmp/pretrain-*"))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(store, config, progress=Killed())
+    notes = Notes()
+    with pytest.warns(TrainingWarning, match="from the beginning"):
+        assert pretrain(store, config, resume=True, progress=notes) == whole
+    assert notes.left == STEPS
+
+
+def test_a_training_that_is_stopped_while_its_encoder_is_stored_only_stores_it_again(
+    tmp_path: Path, scans: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0)
+
+    def interrupted(directory: Path, *arguments: Any) -> EncoderCard:
+        (directory / "half.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGINT)
+        return write_encoder(directory, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_encoder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(store, config)
+    assert not list(isi.open(store).snapshot.artefacts("encoder"))
+    assert saved_step(store) == STEPS
+    notes = Notes()
+    assert pretrain(store, config, resume=True, progress=notes) == whole
+    assert notes.left == 0
+    assert not list(store.glob("tmp/pretrain-*"))
+    assert not list(store.glob("**/half.safetensors"))
