@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.encoders.card import EncoderCard
-from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid
+from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid, halved
 from isimed_index.errors import IsimedError, UsageError
 from isimed_index.grid import PatchGrid
 from isimed_index.lattice import Lattice, ScanGeometry, Standard, build_lattice, lattice_affine, write_geometry
@@ -144,7 +144,7 @@ def _stage(
         columns[LABEL_SHARES] = pa.MapArray.from_arrays(ends, label.astype(np.int32), fraction)
     directory = Path(task.segment)
     # Positions are millimetres up to a metre, where float16 would round to half a millimetre; the rest is relative.
-    outputs = {name: v if name == "position" else v.astype(np.float16) for name, v in vectors.items()}
+    outputs = {name: v if name == "position" else halved(name, v) for name, v in vectors.items()}
     fields = write_segment(directory, pa.table(columns), outputs)
     write_geometry(directory, grid, scan)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,7 @@ class EncoderCard:
                 axes=fields.get("axes", AXES),
                 pool=fields.get("pool"),
             )
-        except (KeyError, TypeError, UsageError) as error:  # the schema leaves these to each kind of encoder
+        except (KeyError, TypeError, OverflowError, UsageError) as error:  # the schema leaves these to each kind of encoder
             raise EncoderMismatch(
                 f"the encoder card of {fields['name']!r} lacks what this version needs: {error}"
             ) from error
@@ -148,15 +149,23 @@ def _pair(letter: str) -> str:
 
 
 def parse_fields(text: str) -> Any:
-    """The JSON of a card; `ValueError` when it is none, too deep, or holds NaN or Infinity, which JSON has not."""
+    """The JSON of a card; `ValueError` when it is none, too deep, or holds NaN or an infinite number.
+
+    JSON has neither, but `1e999` is read as infinite: a card that holds it could be written, and not read again.
+    """
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("expected the fields of a card, found JSON in too many levels") from None
 
 
 def _no_number(name: str) -> float:
     raise ValueError(f"expected a number, found {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def read_card(directory: Path) -> EncoderCard:

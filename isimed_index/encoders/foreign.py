@@ -65,6 +65,11 @@ class ForeignEncoder:
                 f"found shape {given.shape}",
                 next_step="correct the dimension on the card, or have the factory give vectors",
             )
+        if given.dtype.kind not in "fiu":
+            raise EncoderMismatch(
+                f"output {name!r} of {self._who}: expected numbers, found {given.dtype}",
+                next_step="name another output on the card",
+            )
         if given.ndim == 5 and given.shape[2:] != (1, 1, 1) and self.card.pool is None:
             raise EncoderMismatch(
                 f"output {name!r} of {self._who} is a map of {'×'.join(map(str, given.shape[2:]))} vectors a patch",

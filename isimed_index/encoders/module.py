@@ -13,7 +13,7 @@ from torch import nn
 
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.networks import Network, build_network
-from isimed_index.encoders.trust import trusted_factory
+from isimed_index.encoders.trust import said_by, trusted_factory
 from isimed_index.encoders.weights import check_fit, forms_of, read_forms, read_weights
 from isimed_index.errors import EncoderMismatch
 
@@ -70,7 +70,7 @@ class ForeignModule:
             except Exception as error:  # their code may fail in any other way
                 raise EncoderMismatch(
                     f"the module of {_whose(self._card)} fails on patches of {self._card.patch_vox}³ voxels "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+                    f"({type(error).__name__}: {said_by(error)})",
                     next_step="correct patch_vox on the card, or the factory",
                 ) from error
             return {name: y.float().cpu().numpy() for name, y in self._named(given).items()}
@@ -97,7 +97,7 @@ def foreign_module(card: EncoderCard, weights: Path, trust: Sequence[str], devic
         module = factory(**card.network)
     except Exception as error:  # their code may fail in any way
         raise EncoderMismatch(
-            f"the factory {card.factory} fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            f"the factory {card.factory} fails ({type(error).__name__}: {said_by(error)})",
             next_step="correct `network` on the card: it holds the factory's arguments",
         ) from error
     if not isinstance(module, nn.Module):
@@ -105,7 +105,13 @@ def foreign_module(card: EncoderCard, weights: Path, trust: Sequence[str], devic
             f"the factory {card.factory}: expected a torch.nn.Module, found {type(module).__name__}",
             next_step="name a callable that builds the module",
         )
-    check_fit(forms_of(module.state_dict()), read_forms(weights), _whose(card), card.factory)
+    state = module.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise EncoderMismatch(
+            f"the module of {card.factory} has other things than tensors in its state, which safetensors cannot hold",
+            next_step="have the factory build a module without get_extra_state",
+        )
+    check_fit(forms_of(state), read_forms(weights), _whose(card), card.factory)
     module.load_state_dict(read_weights(weights, str(card.weights_sha256), _whose(card)))
     return ForeignModule(card, module, device)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.encoders.card import MODEL, EncoderCard
+from isimed_index.encoders.trust import said_by
 from isimed_index.errors import EncoderMismatch, MissingExtra, StoreDamaged, UsageError
 
 FACTORY = "isimed_index.encoders.onnx_model:OnnxModel"
@@ -24,22 +25,22 @@ _QUIET = 4  # what goes wrong is raised
 class OnnxModel:
     """The graph of an ONNX file with one input (n, 1, p, p, p) of float32; n is free or 1."""
 
-    def __init__(self, session: Any, whose: str) -> None:
+    def __init__(self, session: Any, outputs: Iterable[str], whose: str) -> None:
         self._session = session
         self._whose = whose
-        self._outputs = [output.name for output in session.get_outputs()]
+        self._outputs = list(outputs)
         self._input = session.get_inputs()[0].name
         self._one_by_one = session.get_inputs()[0].shape[0] == 1
 
     def run(self, patches: NDArray[np.float32]) -> Mapping[str, NDArray[Any]]:
-        """Patches (n, 1, p, p, p) → {output: array}, named as in the graph; `EncoderMismatch` when it fails."""
+        """Patches (n, 1, p, p, p) → {output: array}, the card's outputs alone; `EncoderMismatch` when it fails."""
         step = 1 if self._one_by_one else max(1, len(patches))
         batches = [patches[start : start + step] for start in range(0, len(patches), step)]
         try:
             answers = [self._session.run(self._outputs, {self._input: batch}) for batch in batches]
         except Exception as error:  # its errors have no common base
             raise EncoderMismatch(
-                f"the ONNX graph of {self._whose} fails on patches of {patches.shape[-1]}³ voxels: {_line(error)}",
+                f"the ONNX graph of {self._whose} fails on patches of {patches.shape[-1]}³ voxels: {said_by(error)}",
                 next_step="export it for that patch, or correct patch_vox on the card",
             ) from error
         return {name: np.concatenate([answer[n] for answer in answers]) for n, name in enumerate(self._outputs)}
@@ -64,13 +65,15 @@ def open_onnx(card: EncoderCard, file: Path, device: str = "auto") -> OnnxModel:
     _refuse_other_files(onnx, data, whose)
     options = runtime.SessionOptions()
     options.log_severity_level = _QUIET
+    # Its own format, which it knows by four bytes, is none that was looked over for other files.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = runtime.InferenceSession(data, options, providers=_providers(runtime, device))
     except UsageError:
         raise
     except Exception as error:  # its errors have no common base
         raise EncoderMismatch(
-            f"{MODEL} of {whose} is no ONNX graph that can be run: {_line(error)}",
+            f"{MODEL} of {whose} is no ONNX graph that can be run: {said_by(error)}",
             next_step="export it again, with operators that onnxruntime has",
         ) from error
     _check_input(session, card, whose)
@@ -81,7 +84,7 @@ def open_onnx(card: EncoderCard, file: Path, device: str = "auto") -> OnnxModel:
             f"{missing[0]!r} of its card",
             next_step="name the outputs on the card as the graph does",
         )
-    return OnnxModel(session, whose)
+    return OnnxModel(session, card.outputs, whose)
 
 
 def _refuse_other_files(onnx: ModuleType, data: bytes, whose: str) -> None:
@@ -147,7 +150,3 @@ def _packages() -> tuple[ModuleType, ModuleType]:
             next_step="pip install 'isimed-index[onnx]'",
         ) from missing
     return onnxruntime, onnx
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.encoders.card import EncoderCard
+from isimed_index.errors import EncoderMismatch
 from isimed_index.grid import PatchGrid
 from isimed_index.scans.prepare import Volume
 
@@ -34,6 +35,22 @@ class GridEncoder(Encoder, Protocol):
     def encode_grid(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
         """The same vectors as `encode` of each patch `numbers` (n,) of `grid`."""
         ...
+
+
+def halved(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Vectors (n, d) in the 16 bits in which they are stored; `EncoderMismatch` when these cannot hold them.
+
+    Below the smallest normal number of float16 vectors would lose their digits and then become zeros, which are all as
+    near to each other. What is not finite passes: it is refused where it is written.
+    """
+    largest, half = float(np.abs(vectors).max(initial=0)), np.finfo(np.float16)
+    if float(half.max) < largest < np.inf or 0 < largest < float(half.smallest_normal):
+        raise EncoderMismatch(
+            f"output {name!r}: its numbers, up to {largest:.3g}, are too {'large' if largest > 1 else 'small'} to be "
+            "stored in 16 bits",
+            next_step="multiply it by a constant that makes them about 1, within the network",
+        )
+    return vectors.astype(np.float16)
 
 
 def encode_grid(encoder: Encoder, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:

@@ -22,6 +22,8 @@ VARIABLE = "ISIMED_TRUST"
 OURS = "isimed_index"
 _MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 _NAME = re.compile(rf"{_MODULE}(:[^\W\d]\w*)?")
+# The folders of a path from the root: in quotes or brackets to their end, elsewhere to the next space.
+_FOLDERS = re.compile(r"""(?<=['"(])(?:/|[A-Za-z]:\\)[^'")]*[/\\]|(?<!\S)(?:/|[A-Za-z]:\\)[^\s'"]*[/\\]""")
 _FACTORY = re.compile(rf"{_MODULE}:[^\W\d]\w*")
 
 
@@ -67,7 +69,7 @@ def trusted_factory(factory: str, trust: Sequence[str]) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs their code, which may fail in any way
         raise EncoderMismatch(
-            f"the factory {factory} cannot be imported ({type(error).__name__}: {error})",
+            f"the factory {factory} cannot be imported ({type(error).__name__}: {said_by(error)})",
             next_step="install the package that has it",
         ) from error
     home = str(getattr(found, "__module__", None))
@@ -77,6 +79,11 @@ def trusted_factory(factory: str, trust: Sequence[str]) -> Callable[..., Any]:
             next_step=f"if you know it: --trust {factory}",
         )
     return found  # type: ignore[no-any-return]
+
+
+def said_by(error: Exception) -> str:
+    """What an error in the code of others says, in one line of at most 200 characters, files by their names alone."""
+    return _FOLDERS.sub("", " ".join(str(error).split()))[:200]
 
 
 def _covered(module: str, trust: Sequence[str]) -> bool:

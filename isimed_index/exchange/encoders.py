@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from isimed_index.encoders.card import CARD, MODEL, WEIGHTS, EncoderCard, parse_fields
+from isimed_index.encoders.protocol import halved
 from isimed_index.errors import EncoderMismatch, NotFound, StoreDamaged, UsageError
 from isimed_index.exchange.folder import becoming
 from isimed_index.scans.prepare import Intensity
@@ -86,11 +87,15 @@ def import_encoder(
     """
     card, file = _in_folder(source) if card_file is None else _described(card_file, source)
     if name is not None:
-        if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        if not _is_name(name):
             raise UsageError(
                 f"expected a name of 1 to {_LONGEST_NAME} printable characters", next_step="give another --name"
             )
         card = replace(card, name=name)
+    elif not _is_name(card.name):
+        raise EncoderMismatch(
+            f"expected a card with a name of 1 to {_LONGEST_NAME} printable characters", next_step="give a --name"
+        )
     _try_out(card, file, trust)
     with repository.transaction("import") as transaction:
         directory = transaction.stage("encoder")
@@ -107,6 +112,11 @@ def import_encoder(
 
         now = transaction.commit(propose)
     return KeptEncoder(card.id, known[-1] if known else card.name, not known, now.generation)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name can be shown: without control characters, which a terminal would obey."""
+    return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
 
 
 def _in_folder(folder: Path) -> tuple[EncoderCard, Path]:
@@ -128,6 +138,8 @@ def _in_folder(folder: Path) -> tuple[EncoderCard, Path]:
             f"encoder {card.name!r} is known by its embeddings only and has no weights to import",
             next_step="isimed import its embeddings",
         )
+    if file.exists() and not file.is_file():
+        raise EncoderMismatch(f"{file.name} in {folder.name} is no plain file", next_step=_AGAIN)
     return card, file
 
 
@@ -217,6 +229,8 @@ def _try_out(card: EncoderCard, file: Path, trust: Sequence[str]) -> None:
     for output, vectors in together.items():
         if not np.isfinite(vectors).all():
             raise EncoderMismatch(f"output {output!r} of {card.name!r} is NaN or infinite", next_step=_AGAIN)
+        if output != "position":
+            halved(output, vectors)
         if np.abs(vectors[1:] - alone[output]).max() > _SAME * np.abs(vectors).max():
             raise EncoderMismatch(
                 f"output {output!r} of {card.name!r}: a patch has another vector when another patch is beside it",

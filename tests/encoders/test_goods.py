@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -34,6 +35,23 @@ def build(width):
 
 def batch_statistics(width):
     return build(width).append(Whitened())
+
+def scaled(width, gain):
+    return build(width).append(Scaled(gain))
+
+def stateful(width):
+    return Stateful(*build(width))
+
+class Scaled(torch.nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+    def forward(self, y):
+        return y * self.gain
+
+class Stateful(torch.nn.Sequential):
+    def get_extra_state(self):
+        return {"epoch": 1}
 
 class Whitened(torch.nn.Module):
     def forward(self, y):
@@ -168,6 +186,19 @@ def tampered(folder: Path) -> None:
     (folder / CARD).write_text((folder / CARD).read_text().replace('"clip": 1.5', '"clip": 2.5'))
 
 
+def said(folder: Path, before: str, after: str) -> None:
+    """A card that says something else, as text: what is put in its place is no value that Python would write."""
+    text = (folder / CARD).read_text()
+    assert before in text
+    (folder / CARD).write_text(text.replace(before, after))
+
+
+def piped(file: Path) -> None:
+    """A pipe that nobody writes into: whoever reads it waits for ever."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 OURS = "isimed_index.encoders.networks:ValidNet"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another hash": (flipped, "do not match the hash"),
@@ -179,6 +210,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / CARD).write_text((f / CARD).read_text().replace('"spacing_mm": 4.0', '"spacing_mm": NaN')),
         "no encoder card",
     ),
+    **{
+        f"{field} beyond all numbers": (lambda f, a=field, b=value: said(f, a, b), "no encoder card|lacks")
+        for field, value in (
+            ('"spacing_mm": 4.0', '"spacing_mm": 1e999'),
+            ('"spacing_mm": 4.0', f'"spacing_mm": 1{"0" * 400}'),
+            ('"clip": 1.5', '"clip": 1e999'),
+            ('"training": {', '"training": {"rate": -1e999, '),
+        )
+    },
+    "a name that moves the cursor": (lambda f: edited(f, name="a\x1b[31m\nb"), "name of 1 to 200 printable"),
+    "a name that is no text": (lambda f: edited(f, name="\ud800"), "name of 1 to 200 printable"),
+    "a pipe in place of weights": (lambda f: piped(f / WEIGHTS), "is no plain file"),
     "a list for a card": (lambda f: (f / CARD).write_text("[]"), "no encoder card"),
     "an empty card": (lambda f: (f / CARD).write_text("{}"), "schema"),
     "no card": (lambda f: (f / CARD).unlink(), "holds no card.json"),
@@ -285,6 +328,9 @@ def test_an_encoder_of_another_program_comes_in_by_a_card(tmp_path: Path, nets: 
         ({"outputs": {"descriptor": {"dim": 25}}}, r"expected vectors \(\d, 25\)"),
         ({"network": {"width": 7}}, "do not fit"),
         ({"factory": "goods_nets:batch_statistics"}, "when another patch is beside it"),
+        ({"factory": "goods_nets:stateful"}, "other things than tensors"),
+        ({"factory": "goods_nets:scaled", "network": {"width": 6, "gain": 1e-9}}, "too small .* 16 bits"),
+        ({"factory": "goods_nets:scaled", "network": {"width": 6, "gain": 1e9}}, "too large .* 16 bits"),
         ({"factory": "goods_nets:nothing"}, "nothing"),
         ({"factory": "goods_nets"}, "package.module:callable"),
         ({"patch_vox": 40}, "map of 4×4×4"),

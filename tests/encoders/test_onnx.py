@@ -203,3 +203,51 @@ def test_our_own_encoders_do_not_load_onnxruntime() -> None:
     code = "import sys, isimed_index.encoders.runtime; print('onnxruntime' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def small_graph(file: Path, node: onnx.NodeProto, kind: int) -> Path:
+    """`descriptor` is the mean of the patch (n, 1), `more` is what `node` makes of it."""
+    mean = helper.make_node("ReduceMean", ["patch"], ["descriptor"], axes=[2, 3, 4], keepdims=0)
+    graph = helper.make_graph(
+        [mean, node],
+        "graph",
+        [helper.make_tensor_value_info("patch", onnx.TensorProto.FLOAT, ["n", 1, EDGE, EDGE, EDGE])],
+        [
+            helper.make_tensor_value_info("descriptor", onnx.TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("more", kind, None),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+def test_an_output_that_the_card_does_not_name_may_have_any_shape(tmp_path: Path) -> None:
+    loss = helper.make_node("ReduceMean", ["descriptor"], ["more"], keepdims=0)
+    encoder = opened(small_graph(tmp_path / MODEL, loss, onnx.TensorProto.FLOAT), outputs={"descriptor": 1})
+    patches = np.random.default_rng(0).normal(size=(3, EDGE, EDGE, EDGE)).astype(np.float32)
+    found = encoder.encode(patches)
+    assert found.keys() == {"descriptor"}
+    np.testing.assert_allclose(found["descriptor"][:, 0], patches.mean(axis=(1, 2, 3)), atol=1e-6)
+
+
+def test_an_output_of_text_is_no_vector(tmp_path: Path) -> None:
+    text = helper.make_node("Cast", ["descriptor"], ["more"], to=onnx.TensorProto.STRING)
+    file = small_graph(tmp_path / MODEL, text, onnx.TensorProto.STRING)
+    encoder = opened(file, outputs={"more": 1}, match_output="more")
+    with pytest.raises(EncoderMismatch, match="expected numbers"):
+        encoder.encode(np.ones((2, EDGE, EDGE, EDGE), np.float32))
+
+
+def test_the_runtime_reads_nothing_but_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own format is told by four bytes within the file, and the package onnx, which looks it over, cannot read it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "own")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(write_graph(tmp_path / "graph"), options, providers=["CPUExecutionProvider"])
+    monkeypatch.setattr("isimed_index.encoders.onnx_model._refuse_other_files", lambda *_: None)
+    with pytest.raises(EncoderMismatch, match="no ONNX graph that can be run"):
+        opened(tmp_path / "own")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isimed_index.encoders.trust import VARIABLE, is_ours, trusted, trusted_factory
+from isimed_index.encoders.trust import VARIABLE, is_ours, said_by, trusted, trusted_factory
 from isimed_index.errors import EncoderMismatch, EncoderNotTrusted, UsageError
 
 
@@ -108,3 +108,15 @@ def test_trust_comes_from_the_caller_or_from_the_environment(monkeypatch: pytest
     for wrong in ("a b", "/etc", "a:b:c", "a;b", "*"):
         with pytest.raises(UsageError, match="to trust"):
             trusted(wrong)
+
+
+def test_what_their_code_says_is_told_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trust_broken.py").write_text("from os import nothing")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EncoderMismatch, match=r"cannot import name 'nothing' from 'os' \(os\.py\)") as raised:
+        trusted_factory("trust_broken:build", ["trust_broken"])
+    assert "/" not in raised.value.message
+    assert said_by(FileNotFoundError(2, "No such file or directory", "/home/them/a b/weights 1.npz")) == (
+        "[Errno 2] No such file or directory: 'weights 1.npz'"
+    )
+    assert said_by(ValueError(f"1.5 mm/voxel\n{'x' * 300}")) == f"1.5 mm/voxel {'x' * 187}"
