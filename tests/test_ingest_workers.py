@@ -179,6 +179,24 @@ def test_workers_are_ended_when_there_is_nothing_for_them(store: Store, tmp_path
     assert not workers_of(psutil.Process())
 
 
+def test_when_one_worker_cannot_be_started_the_others_are_ended(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started, real = [], crew._started
+
+    def no_memory(workers: int) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError(12, "Cannot allocate memory")
+        started.append(real(workers))
+        return started[0]
+
+    monkeypatch.setattr(crew, "_started", no_memory)
+    tiny_scan(tmp_path / "in" / "s.nii")
+    with pytest.raises(IsimedError, match=r"did not start \(Cannot allocate memory\)"):
+        store.add(tmp_path / "in", workers=2)
+    assert started[0].returncode == -signal.SIGKILL
+
+
 def test_more_workers_than_files_share_the_cores_as_so_few_would(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -137,7 +137,8 @@ class EncoderCard:
                 axes=fields.get("axes", AXES),
                 pool=fields.get("pool"),
             )
-        except (KeyError, TypeError, OverflowError, UsageError) as error:  # the schema leaves these to each kind of encoder
+        # The schema leaves these to each kind of encoder.
+        except (KeyError, TypeError, OverflowError, UsageError) as error:
             raise EncoderMismatch(
                 f"the encoder card of {fields['name']!r} lacks what this version needs: {error}"
             ) from error

@@ -20,6 +20,7 @@ from isimed_index.errors import EncoderMismatch, MissingExtra, StoreDamaged, Usa
 
 FACTORY = "isimed_index.encoders.onnx_model:OnnxModel"
 _QUIET = 4  # what goes wrong is raised
+_RESTORE = "copy its folder again, or restore the store from a backup"
 
 
 class OnnxModel:
@@ -57,11 +58,9 @@ def open_onnx(card: EncoderCard, file: Path, device: str = "auto") -> OnnxModel:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise StoreDamaged(
-            f"{file.name} of {whose} cannot be read", next_step="restore the store from a backup, or import it again"
-        ) from error
+        raise StoreDamaged(f"{file.name} of {whose} cannot be read", next_step=_RESTORE) from error
     if hashlib.sha256(data).hexdigest() != card.model_sha256:
-        raise EncoderMismatch(f"{MODEL} of {whose} does not match the hash on its card", next_step="import it again")
+        raise EncoderMismatch(f"{MODEL} of {whose} does not match the hash on its card", next_step=_RESTORE)
     _refuse_other_files(onnx, data, whose)
     options = runtime.SessionOptions()
     options.log_severity_level = _QUIET

@@ -20,7 +20,7 @@ from isimed_index.errors import EncoderMismatch, StoreDamaged
 
 LARGEST_HEADER = 16 << 20  # bytes; that of a network with 700 tensors has 70 kB
 _SAFETENSORS = "export the weights as safetensors: safetensors.torch.save_file(module.state_dict(), FILE)"
-_RESTORE = "restore the store from a backup, or train again"
+_RESTORE = "copy the folder of the encoder again, restore the store from a backup, or train again"
 _FEW = 2  # tensors that a message names
 
 

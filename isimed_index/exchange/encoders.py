@@ -192,7 +192,9 @@ def _fields(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         fields = None
     if not isinstance(fields, Mapping):
-        raise EncoderMismatch(f"{file.name} is no encoder card: expected a JSON object", next_step=_AGAIN)
+        raise EncoderMismatch(
+            f"{file.name} is no encoder card: expected a JSON object with finite numbers", next_step=_AGAIN
+        )
     return dict(fields)
 
 

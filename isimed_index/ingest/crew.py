@@ -46,7 +46,12 @@ class Early:
 
     def __enter__(self) -> Early:
         if self._workers > 1:
-            self._processes.extend(_started(self._workers) for _ in range(self._workers))
+            try:
+                for _ in range(self._workers):
+                    self._processes.append(_started(self._workers))
+            except OSError as error:  # no memory, or too many processes: those that there are must not stay
+                self.__exit__()
+                raise _not_started(error.strerror or type(error).__name__) from error
         return self
 
     def __exit__(self, *error: object) -> None:

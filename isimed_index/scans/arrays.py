@@ -48,7 +48,7 @@ def write_array(directory: Path, voxels: NDArray[Any], axes: Sequence[str]) -> N
     """Write `voxels` (three axes, integer or real) into `directory`, which is new or empty.
 
     As many threads compress as there are cores, or as the environment allows; what is needed beside the voxels are the
-    compressed chunks of one shard.
+    compressed chunks of one shard, and a copy of one chunk a thread.
     """
     shard = tuple(min(SHARD, CHUNK * math.ceil(n / CHUNK)) for n in voxels.shape)
     _describe(directory, _description(voxels, shard, axes))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders import runtime
-from isimed_index.encoders.networks import ValidNet, build_network
+from isimed_index.encoders.networks import StemNet, ValidNet, build_network
 from isimed_index.encoders.protocol import Encoder
 from isimed_index.encoders.runtime import TorchEncoder
 from isimed_index.pretrain.trainer import new_card
@@ -27,6 +29,8 @@ class TestToyWithOddPatches(EncoderConformance):
 
 
 class TestTorch(EncoderConformance):
+    network: Literal["stem", "valid"] = "stem"
+
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runtime, "TILE", 2)
@@ -34,13 +38,18 @@ class TestTorch(EncoderConformance):
         torch.manual_seed(1)
 
     def make(self) -> Encoder:
-        card = new_card(PretrainConfig(width=2, embedding_dim=4, descriptor_dim=5), "test", "tiny")
+        config = PretrainConfig(network=self.network, width=2, embedding_dim=4, descriptor_dim=5)
+        card = new_card(config, "test", "tiny")
         network = build_network(card.factory, card.outputs, card.network)
-        assert isinstance(network, ValidNet)
+        assert isinstance(network, StemNet if self.network == "stem" else ValidNet)
         return TorchEncoder(card, settled(network), torch.device("cpu"))
 
 
-def settled(network: ValidNet) -> ValidNet:
+class TestTorchOfEveryVoxel(TestTorch):
+    network = "valid"
+
+
+def settled(network: ValidNet | StemNet) -> ValidNet | StemNet:
     """A network whose batch norms have seen data: fresh ones would let a channel's scale vanish."""
     network.train()
     with torch.no_grad():

@@ -240,7 +240,7 @@ def test_an_output_of_text_is_no_vector(tmp_path: Path) -> None:
 
 
 def test_the_runtime_reads_nothing_but_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own format is told by four bytes within the file, and the package onnx, which looks it over, cannot read it."""
+    """Its own format is told by four bytes of the file, and is none that the package onnx could look over."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
