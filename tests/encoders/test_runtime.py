@@ -32,7 +32,7 @@ def one_thread() -> None:
 
 
 def card() -> EncoderCard:
-    return new_card(PretrainConfig(width=2, embedding_dim=4, descriptor_dim=5), "test", "tiny")
+    return new_card(PretrainConfig(network="valid", width=2, embedding_dim=4, descriptor_dim=5), "test", "tiny")
 
 
 def network() -> ValidNet:
