@@ -3,20 +3,22 @@
     python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--out FILE.json]
 
 FOLDER holds real heads (docs/how-to/real-test-data.md: `ixi`). All methods train the same trunk (`StemNet` of one
-width) on the training subjects, on one core, for as many steps as fit into the minutes; two trainings run side by side.
+width) on the training subjects, on one core, for as many steps as fit into the minutes, as two short trials of each
+method tell; two trainings run side by side. The paper's methods take 256 patches a step instead of 1024, for at the
+paper's own batch few steps fit. `dense` has the paper's objective alone, but the sampling of `default`: hundreds of
+overlapping patches of every crop. `random` is the untrained trunk, its features whitened on three heads. Everything
+that is trained is searched as its card says.
+
 Then test heads, which no method has seen, are matched in all ordered pairs, the target as it is and under each change
 of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
 
-    within, across   |D_latent − D_physical| in mm, pairs of patches of one head and of two. Latent distances are scaled
-                     by the one factor that fits best, for not every method has millimetres; places of two heads are
-                     compared after an affine to the mean of the landmarks, which uses labels
-    rankme           effective rank of the vectors that matches are searched in
+    within, across   |D_latent − D_physical| in mm, pairs of patches of one head and of two, by the embedding. Latent
+                     distances are scaled by the one factor that fits best, for not every method has millimetres; places
+                     of two heads are compared after an affine to the mean of the landmarks, which uses labels
+    rankme           effective rank of the embeddings
     nearest, affine, local   error in mm at the centroids of the labels after each step of the plain consensus
     deep             `local` over the deep structures alone
     knn              share of patches whose structure is that of most of their five nearest patches in other heads
-
-`random` is the untrained trunk, its features whitened on three heads. Everything that is trained is searched as its
-card says.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ from isimed_index.testing.variants import VARIANTS, Head, vary
 
 WIDTH = 16
 EMBEDDING = 128
-PAPER = {"network": "stem", "width": WIDTH, "embedding_dim": EMBEDDING}
+PAPER = {"network": "stem", "width": WIDTH, "embedding_dim": EMBEDDING, "batch_scans": 16}
 RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → preset, method, what is changed
     "default": ("default", "isimed", {"width": WIDTH}),
+    "dense": ("default", "isimed", {"width": WIDTH, "coordinate_weight": 0.0, "descriptor_weight": 0.0}),
     "isimed": ("paper", "isimed", PAPER),
     "barlowtwins": ("paper", "barlowtwins", PAPER),
     "simclr": ("paper", "simclr", PAPER),
@@ -59,6 +62,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → preset, meth
 }
 RANDOM = "random"
 EPOCHS = 20  # of as many steps as fit: what schedules and records go by
+_TRIAL, _TRIAL_SCANS = 14, 12  # steps of the shorter trial, which shows all of so many scans
 STRIDE_VOX = 4
 LEAST_VOXELS = 20  # of a landmark
 MARGIN_MM = 6.0  # of a landmark from the border of what is left of the field of view
@@ -90,31 +94,28 @@ def build_store(data: Path, folder: Path, heads: int) -> Path:
     return store.path
 
 
-def train(path: Path, name: str, seed: int, minutes: float, data: Path) -> dict[str, Any]:
-    """Train one method for some minutes of one core and store its encoder; runs in a process of its own."""
+def train(path: Path, name: str, seed: int, steps: int, data: Path, scans: int = 0) -> dict[str, Any]:
+    """Train one method on all training heads, or the first few, and store its encoder; in a process of its own."""
     store = isi.open(path)
-    config = recipe(name, seed)
-    subjects = ", ".join(f"'{subject}_T1'" for subject in heads_of(data, "train"))
+    preset, method, changed = RECIPES[name]
+    subjects = ", ".join(f"'{subject}_T1'" for subject in heads_of(data, "train")[: scans or None])
+    epochs = EPOCHS if steps % EPOCHS == 0 else 1
+    values = {**changed, "steps_per_epoch": steps // epochs, "cache_gib": 4.0, "sampler_threads": 1}
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        began = time.process_time()
+        card = store.pretrain(
+            method, preset, config=file, epochs=epochs, where=f"scan IN ({subjects})", seed=seed, device="cpu"
+        )
+        seconds = time.process_time() - began
+    return {"encoder": card.id, "steps": steps, "core_minutes": round(seconds / 60, 2)}
 
-        def trained(steps_per_epoch: int, epochs: int) -> tuple[str, float]:
-            file = Path(folder) / "config.toml"
-            preset, method, changed = RECIPES[name]
-            values = {**changed, "steps_per_epoch": steps_per_epoch, "cache_gib": 4.0, "sampler_threads": 1}
-            file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-            began = time.process_time()
-            card = store.pretrain(
-                method, preset, config=file, epochs=epochs, where=f"scan IN ({subjects})", seed=seed, device="cpu"
-            )
-            return card.id, time.process_time() - began
 
-        trial = max(2, -(-200 // config.batch_scans))  # every scan is prepared about twice: later steps only learn
-        _, first = trained(trial, 1)
-        _, more = trained(2 * trial, 1)
-        each = max((more - first) / trial, 1e-3)
-        steps = max(1, round(60 * minutes / each / EPOCHS))
-        encoder, seconds = trained(steps, EPOCHS)
-    return {"encoder": encoder, "steps": steps * EPOCHS, "core_minutes": round(seconds / 60, 2)}
+def steps_in(minutes: float, path: Path, name: str, data: Path) -> int:
+    """How many steps of a method fit into the minutes of one core, once its scans are prepared."""
+    spent = [60 * train(path, name, 0, steps, data, _TRIAL_SCANS)["core_minutes"] for steps in (_TRIAL, 2 * _TRIAL)]
+    return EPOCHS * max(1, round(60 * minutes * _TRIAL / max(spent[1] - spent[0], 1e-3) / EPOCHS))
 
 
 class Judge:
@@ -135,7 +136,7 @@ class Judge:
             self.deep = {int(row["label"]) for row in csv.DictReader(file, delimiter="\t") if row["deep"] == "1"}
         self.landmarks = [self._landmarks(f"{subject}_T1") for subject in heads_of(data, "test")[:heads]]
         self.rows = [self.encoded(head) for head in self.heads]
-        self.standard = self._standard([vectors for _, vectors in self.rows[:3]])
+        self.standard = self._standard([outputs[self.encoder.card.match_output] for _, outputs in self.rows[:3]])
 
     def _head(self, scan: str) -> Head:
         stored = open_chunks(self.store.snapshot.chunks_path(scan))
@@ -148,12 +149,12 @@ class Judge:
         rows = self.store.sql(query, {"scan": scan, "least": LEAST_VOXELS}).to_pylist()
         return {row["label"]: np.array([row["x_mm"], row["y_mm"], row["z_mm"]]) for row in rows}
 
-    def encoded(self, head: Head) -> tuple[np.ndarray, np.ndarray]:
-        """Centres (n, 3) RAS+ mm and vectors (n, d) of a head's patches."""
+    def encoded(self, head: Head) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Centres (n, 3) RAS+ mm of a head's patches, and the encoder's outputs, name → (n, d)."""
         card = self.encoder.card
         volume = prepare(head.values.astype(np.float32), head.affine, card.spacing_mm, card.intensity)
         grid, numbers, vectors, _ = encode_volume(self.encoder, volume, STRIDE_VOX)
-        return grid.centres_mm(numbers), vectors[card.match_output]
+        return grid.centres_mm(numbers), vectors
 
     def _standard(self, samples: list[np.ndarray]) -> Any:
         """What is done to vectors before they are compared."""
@@ -165,8 +166,8 @@ class Judge:
             return lambda x: unit((x - middle) @ turn)
         return unit if self.encoder.card.metric == "cosine" else lambda x: x.astype(np.float32)
 
-    def described(self, rows: tuple[np.ndarray, np.ndarray]) -> Described:
-        return Described(rows[0], self.standard(rows[1]))
+    def described(self, rows: tuple[np.ndarray, dict[str, np.ndarray]]) -> Described:
+        return Described(rows[0], self.standard(rows[1][self.encoder.card.match_output]))
 
     def figures(self) -> dict[str, Any]:
         """Everything that is told of an encoder."""
@@ -200,25 +201,27 @@ class Judge:
     def _structure(self, plain: list[Described]) -> dict[str, float]:
         """Distance errors within and across heads, effective rank, and structures of nearest patches."""
         rng = np.random.default_rng(0)
-        parts, common, places, structures = [], [], [], []
+        parts, embeddings, common, places, structures = [], [], [], [], []
         middle = self._mean_landmarks()
-        for head, rows, landmarks in zip(self.heads, plain, self.landmarks, strict=True):
-            voxel = np.rint(apply_affine(np.linalg.inv(head.affine), rows.places_mm)).astype(int)
+        for head, described, (_, outputs), landmarks in zip(self.heads, plain, self.rows, self.landmarks, strict=True):
+            voxel = np.rint(apply_affine(np.linalg.inv(head.affine), described.places_mm)).astype(int)
             inside = ((voxel >= 0) & (voxel < head.labels.shape)).all(axis=1)
             label = np.zeros(len(voxel), int)
             label[inside] = head.labels[tuple(voxel[inside].T)]
             some = rng.permutation(np.flatnonzero(label))[:SAMPLE]
-            parts.append(rows.vectors[some])
-            places.append(rows.places_mm[some])
+            parts.append(described.vectors[some])
+            embeddings.append(parts[-1] if self.whiten else outputs["embedding"][some])
+            places.append(described.places_mm[some])
             structures.append(label[some])
             keys = sorted(landmarks.keys() & middle.keys())
             design = np.c_[np.array([landmarks[key] for key in keys]), np.ones(len(keys))]
             to_common = np.linalg.lstsq(design, np.array([middle[key] for key in keys]), rcond=None)[0]
             common.append(np.c_[places[-1], np.ones(len(some))] @ to_common)
-        within = [(spread(x), spread(p)) for x, p in zip(parts, places, strict=True)]
+        within = [(spread(x), spread(p)) for x, p in zip(embeddings, places, strict=True)]
         pairs = list(itertools.combinations(range(len(parts)), 2))
-        across = [(between(parts[a], parts[b]), between(common[a], common[b])) for a, b in pairs]
-        singular = np.linalg.svd(np.concatenate(parts) - np.concatenate(parts).mean(axis=0), compute_uv=False)
+        across = [(between(embeddings[a], embeddings[b]), between(common[a], common[b])) for a, b in pairs]
+        rows = np.concatenate(embeddings)
+        singular = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
         share = singular / singular.sum() + 1e-7
         return {
             "within": distance_error(within),
@@ -290,12 +293,11 @@ def untrained(seed: int) -> Any:
     return TorchEncoder(card, network, torch.device("cpu"))
 
 
-def called(arguments: list[str]) -> dict[str, Any]:
+def called(arguments: list[str]) -> Any:
     """This script in a process of its own with one thread; what it prints last."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=env)
-    told: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-    return told
+    return json.loads(out.stdout.splitlines()[-1])
 
 
 def compared(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -303,19 +305,25 @@ def compared(given: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
         path = build_store(given.data, Path(place), given.heads)
         shared = ["--data", str(given.data), "--heads", str(given.heads), "--store", str(path)]
+        names = [name for name in [*RECIPES, RANDOM] if name in (given.only or [*RECIPES, RANDOM])]
+
+        def fitting(name: str) -> int:
+            return 0 if name == RANDOM else called([*shared, "--minutes", str(given.minutes), "--trial", name])
+
+        steps = dict(zip(names, pool.map(fitting, names), strict=True))
+        print(json.dumps(steps), file=sys.stderr, flush=True)
 
         def one(task: tuple[int, str]) -> dict[str, Any]:
             seed, name = task
             row: dict[str, Any] = {"method": name, "seed": seed}
             encoder = f"{RANDOM}{seed}"
             if name != RANDOM:
-                row |= called([*shared, "--minutes", str(given.minutes), "--train", name, "--seed", str(seed)])
+                row |= called([*shared, "--train", name, "--seed", str(seed), "--steps", str(steps[name])])
                 encoder = row["encoder"]
             row |= called([*shared, "--judge", encoder])
             print(json.dumps(row), file=sys.stderr, flush=True)
             return row
 
-        names = [name for name in [*RECIPES, RANDOM] if name in (given.only or [*RECIPES, RANDOM])]
         return list(pool.map(one, itertools.product(range(given.seeds), names)))
 
 
@@ -350,15 +358,19 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=6, help="test heads that are matched")
     parser.add_argument("--only", action="append", choices=[*RECIPES, RANDOM])
     parser.add_argument("--out", type=Path)
-    for hidden in ("--store", "--train", "--judge"):
+    for hidden in ("--store", "--trial", "--train", "--judge"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    for hidden in ("--seed", "--steps"):
+        parser.add_argument(hidden, type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.data is None:
         print("no --data: real heads are needed", file=sys.stderr)
         return 0
+    if given.trial:
+        print(json.dumps(steps_in(given.minutes, Path(given.store), given.trial, given.data)))
+        return 0
     if given.train:
-        print(json.dumps(train(Path(given.store), given.train, given.seed, given.minutes, given.data)))
+        print(json.dumps(train(Path(given.store), given.train, given.seed, given.steps, given.data)))
         return 0
     if given.judge:
         print(json.dumps(Judge(Path(given.store), given.judge, given.data, given.heads).figures()))

@@ -25,11 +25,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def view_places(centre: np.ndarray, pose: np.ndarray, side: int) -> np.ndarray:
-    """Voxels (side, side, side, 3) of the volume that the view's voxels lie on."""
-    return apply_affine(view_affine(centre, pose, side), np.moveaxis(np.indices((side,) * 3), 0, -1))
-
-
 poses = st.integers(0, 10**6).map(
     lambda seed: random_pose(np.random.default_rng(seed), Augmentation(rotation_deg=40.0, scale=0.3))
 )
@@ -57,6 +52,20 @@ def test_a_voxel_of_a_view_lies_where_its_affine_says(affine: Affine, pose: np.n
         np.testing.assert_allclose(shown, expected, atol=HALF)
 
 
+def followed(padded: np.ndarray, to_padded: Affine, side: int) -> np.ndarray:
+    """A view whose voxels lie between the two voxels where its line meets the planes before and behind, point by point.
+
+    Lines run along the axis of the view, and planes across the axis of the volume, that come closest to each other.
+    """
+    across, along = divmod(int(np.abs(to_padded[:3, :3]).argmax()), 3)
+    step = to_padded[:3, along] / to_padded[across, along]  # from one plane to the next
+    at = apply_affine(to_padded, np.moveaxis(np.indices((side,) * 3), 0, -1))
+    deep = at[..., across] - np.floor(at[..., across])
+    ends = (np.moveaxis(at + shift[..., None] * step, -1, 0) for shift in (-deep, 1 - deep))
+    before, behind = (map_coordinates(padded, end, order=1) for end in ends)
+    return np.asarray(before * (1 - deep) + behind * deep)
+
+
 @settings(max_examples=25)
 @given(pose=poses, seed=st.integers(0, 999), spread=st.sampled_from([0, 20, 60]))
 def test_beyond_the_border_lies_background(pose: np.ndarray, seed: int, spread: int) -> None:
@@ -65,10 +74,24 @@ def test_beyond_the_border_lies_background(pose: np.ndarray, seed: int, spread: 
     values = rng.uniform(-1, 1, (14, 11, 12)).astype(np.float32)
     made = Window.of(values, -1.25)
     centre = rng.uniform(-spread, np.array(values.shape) - 1 + spread)
-    padded = np.pad(made.values.float().numpy(), 4, constant_values=-1.25)
-    at = np.moveaxis(view_places(centre, pose, 10), -1, 0) + 4
-    expected = map_coordinates(padded, at, order=1, mode="constant", cval=-1.25)
+    padded = np.pad(made.values.float().numpy(), 100, constant_values=-1.25)
+    expected = followed(padded, view_affine(centre + 100, pose, 10), 10)
     np.testing.assert_allclose(cut(made, view_affine(centre, pose, 10), 10), expected, atol=1e-4)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 999), axes=st.permutations(range(3)), signs=st.tuples(*[st.sampled_from([-1, 1])] * 3))
+def test_a_view_without_oblique_lines_is_interpolated_as_anywhere(
+    seed: int, axes: list[int], signs: tuple[int, ...]
+) -> None:
+    """Quarter turns at any place: trilinear interpolation, by SciPy."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1, 1, (24, 20, 22)).astype(np.float32)
+    made, pose = Window.of(values, 0.0), (np.eye(3)[axes] * signs) * rng.uniform(0.8, 1.2)
+    to_volume = view_affine(rng.uniform(8, 12, 3), pose, 10)
+    at = np.moveaxis(apply_affine(to_volume, np.moveaxis(np.indices((10,) * 3), 0, -1)), -1, 0)
+    expected = map_coordinates(made.values.float().numpy(), at, order=1, mode="grid-constant")
+    np.testing.assert_allclose(cut(made, to_volume, 10), expected, atol=1e-4)
 
 
 def test_a_still_view_on_whole_voxels_is_a_block_of_the_volume() -> None:
