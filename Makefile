@@ -4,12 +4,15 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test coverage check bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isimed demo --out demo-out
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 check: $(VENV)/.dev

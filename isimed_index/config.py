@@ -74,7 +74,9 @@ class PretrainConfig:
     are measured in units of `unit_mm` (voxels, where it equals `spacing_mm`), over `pairs` within scans or `all` of the
     batch, squared, or by a Huber loss that is linear beyond `huber` units. `redundancy_weight` is what `barlowtwins`
     gives to all that is not on the diagonal; `regisimed` adds `barlowtwins_weight` times that loss to the distances'.
-    `coordinate` compares offsets within scans or, with `pairs = "all"`, coordinates in the common frame.
+    `coordinate` compares offsets within scans or, with `pairs = "all"`, coordinates in the common frame. That frame is
+    each scan's foreground centroid, until after `charts_after` epochs every scan gets a chart: an affine into a frame
+    of the cohort, fitted to what the position head says. From then on all millimetres, within scans too, are canonical.
 
     Crops are centred on voxels of the foreground, `near_crops` of them (after the first of a scan) within 40 mm of
     another, and `border_probability` of them up to half a patch away from it. `places = "box"` draws cubes that lie
@@ -111,6 +113,7 @@ class PretrainConfig:
     ignore_mm: float = 14.0
     descriptor_temperature: float = 0.1
     huber: float = 0.0  # 0: squared errors, as in the paper
+    charts_after: int = 0  # epochs after which every scan is carried by a chart of its own; 0: none is
     redundancy_weight: float = 0.005
     barlowtwins_weight: float = 1000.0
     simclr_temperature: float = 0.05
@@ -163,6 +166,20 @@ class PretrainConfig:
         heads = joint and (self.coordinate_weight > 0 or self.descriptor_weight > 0)
         if self.network == "densenet121" and (heads or self.view_vox != 32):
             raise ConfigError("densenet121 takes single 32³ patches and has neither a coordinate nor a descriptor head")
+        if self.charts_after:
+            self._check_charts(positions=self.method == "coordinate" or (joint and self.coordinate_weight > 0))
+
+    def _check_charts(self, *, positions: bool) -> None:
+        """Raise `ConfigError` unless charts can be fitted, which takes a position head, and are used for an epoch."""
+        if self.network == "densenet121":
+            raise ConfigError("charts_after needs a position head, which densenet121 has not")
+        if not positions:
+            raise ConfigError(
+                "charts_after needs a position head, as method isimed has with a coordinate_weight above 0, and method "
+                f"coordinate; found {self.method} with coordinate_weight {self.coordinate_weight}"
+            )
+        if self.charts_after >= self.epochs:
+            raise ConfigError(f"expected charts_after below epochs ({self.epochs}), found {self.charts_after}")
 
 
 TWO_VIEW_METHODS = ("barlowtwins", "simclr", "regisimed")
@@ -184,6 +201,7 @@ _AT_LEAST_ZERO = (
     "descriptor_weight",
     "ignore_mm",
     "huber",
+    "charts_after",
     "redundancy_weight",
     "barlowtwins_weight",
     "weight_decay",

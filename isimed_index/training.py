@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import UsageError
+from isimed_index.errors import StoreLocked, UsageError
 from isimed_index.pretrain.processes import Processes, joined
 from isimed_index.pretrain.reading import StoredSource, working_voxels
 from isimed_index.pretrain.records import Watchers
@@ -25,9 +28,12 @@ from isimed_index.pretrain.trainer import Trained, intensity_of, train
 from isimed_index.progress import Progress
 from isimed_index.scans.chunks import StoredScan, open_chunks
 from isimed_index.scans.prepare import Intensity
+from isimed_index.store.place import locks
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal
+
+_LOCK = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,8 @@ class Training:
 def pretrain(repository: Repository, scans: Sequence[str], training: Training, progress: Progress) -> EncoderCard:
     """Train on `scans` and store the encoder; `training.resume` goes on from the last checkpoint of the same training.
 
-    Configuration, voxels and subjects name a training: the same again finds its checkpoints. Among processes of
-    torchrun the first one speaks and writes, and all return the card.
+    Configuration, voxels and subjects name a training: the same again finds its checkpoints, and is refused while the
+    first one runs (`StoreLocked`). Of torchrun's processes the first one speaks and writes, and all return the card.
     """
     with joined(training.device) as processes, repository.pin() as head:
         config = training.config
@@ -58,21 +64,48 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
                 "the processes of this training see different scans",
                 next_step="let other work on the store end, and start the training again",
             )
-        intensity = intensity_of(config)
-        trained = train(
-            config,
-            [_source(head, row, config.spacing_mm, intensity) for row in rows],
-            run,
-            subjects=[row["subject"] for row in rows],
-            name=training.name or f"{config.method}-{training.preset}",
-            preset=training.preset,
-            device=training.device,
-            resume=training.resume,
-            watchers=training.watchers,
-            processes=processes,
-            progress=progress,
-        )
-        return _stored_by_first(repository, trained, run, processes)
+        with _only_one(run, processes):
+            intensity = intensity_of(config)
+            trained = train(
+                config,
+                [_source(head, row, config.spacing_mm, intensity) for row in rows],
+                run,
+                subjects=[row["subject"] for row in rows],
+                name=training.name or f"{config.method}-{training.preset}",
+                preset=training.preset,
+                device=training.device,
+                resume=training.resume,
+                watchers=training.watchers,
+                processes=processes,
+                progress=progress,
+            )
+            return _stored_by_first(repository, trained, run, processes)
+
+
+@contextmanager
+def _only_one(run: Path, processes: Processes) -> Iterator[None]:
+    """Hold a training's folder; `StoreLocked` in all its processes where the same training runs already."""
+    with ExitStack() as held:
+        taken = False
+        if processes.first:
+            run.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                held.enter_context(locks.take(run / _LOCK, 0))
+                held.callback(_forget_lock, run)
+                taken = True
+        if not processes.from_first(taken):
+            raise StoreLocked(
+                "the same training, of the same scans, is running already",
+                next_step="wait for its end, or train with another --seed",
+            )
+        yield
+
+
+def _forget_lock(run: Path) -> None:
+    """Leave of a training's folder what a resumption needs, and nothing where nothing was trained."""
+    (run / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):
+        run.rmdir()
 
 
 def _stored_by_first(repository: Repository, trained: Trained, run: Path, processes: Processes) -> EncoderCard:

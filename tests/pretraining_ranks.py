@@ -11,6 +11,7 @@ import torch
 from pretraining import config, sources
 from safetensors.torch import save_file
 
+from isimed_index.pretrain.charts import Charts
 from isimed_index.pretrain.forward import Forward
 from isimed_index.pretrain.methods import build_method
 from isimed_index.pretrain.processes import Processes, joined
@@ -22,12 +23,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "regisimed": {},
     "simclr": {},
     "all": {"pairs": "all", "coordinate_weight": 0.0, "descriptor_weight": 0.0},
+    "charts": {"charts_after": 1, "pairs": "all"},
 }
 
 
 def one_step(name: str, processes: Processes) -> dict[str, torch.Tensor]:
     """Loss, every gradient, and the network's state after one step's backward pass, in float64."""
-    setup = config(method=name if name != "all" else "isimed", batch_scans=4, **METHODS[name])
+    named = name if name not in ("all", "charts") else "isimed"
+    setup = config(method=named, batch_scans=4, **METHODS[name])
     card = new_card(setup, "a", "tiny")
     torch.manual_seed(1)
     network = build_network(card.factory, card.outputs, card.network).double().train()
@@ -36,10 +39,15 @@ def one_step(name: str, processes: Processes) -> dict[str, torch.Tensor]:
     forward = Forward(setup, network, method, torch.device("cpu"), processes)
     learned = torch.nn.ModuleDict({"network": network, "method": method})
     batch = draw(Cohort(sources(5), 2**30), setup, 3, (processes.rank, processes.world))
-    losses = forward.losses(replace(batch, images=batch.images.double()), 3)
+    charts = Charts(setup, 5) if setup.charts_after else None
+    if charts:  # as if earlier epochs had given every scan another one
+        charts.affines[:, :3] += 0.05 * torch.randn(5, 3, 4, dtype=torch.float64).numpy()
+    losses = forward.losses(replace(batch, images=batch.images.double()), 3, charts=charts)
     losses.total.backward()
     processes.average_gradients(learned.parameters())
     found = {f"{name}.loss": losses.total.detach(), f"{name}.embeddings": losses.embeddings}
+    if charts:
+        found[f"{name}.taken"] = charts.tensors()["fresh"]
     for key, parameter in learned.named_parameters():
         if parameter.grad is not None:
             found[f"{name}.gradient.{key}"] = parameter.grad

@@ -22,7 +22,7 @@ import isimed_index as isi
 from isimed_index import training
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import TrainingWarning, UsageError
+from isimed_index.errors import StoreLocked, TrainingWarning, UsageError
 from isimed_index.progress import Silent
 
 STEPS = 20
@@ -130,6 +130,22 @@ def test_a_training_that_is_killed_loses_no_more_than_since_its_last_checkpoint(
     notes = Notes()
     assert pretrain(store, config, resume=True, progress=notes) == whole
     assert 0 < notes.left <= STEPS - before
+
+
+def test_the_same_training_is_refused_while_it_runs(tmp_path: Path, scans: Path, whole: str) -> None:
+    """Both would write the same checkpoints. The one that runs is not disturbed."""
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 0.0)
+    process = start(store, config)
+    wait_until(store, process, 1)
+    process.send_signal(signal.SIGSTOP)  # it cannot end before the second one has begun
+    try:
+        with pytest.raises(StoreLocked, match="the same training"):
+            pretrain(store, config)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert isi.open(store).encoders()["encoder"].to_pylist() == [whole]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

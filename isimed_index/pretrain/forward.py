@@ -14,6 +14,7 @@ from torch.func import functional_call
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders.networks import Network, Outputs
 from isimed_index.errors import UsageError
+from isimed_index.pretrain.charts import Charts
 from isimed_index.pretrain.methods import Losses, Method, view_lattice
 from isimed_index.pretrain.objectives.precision import at_least_float32
 from isimed_index.pretrain.processes import Processes
@@ -41,8 +42,16 @@ class Forward:
         self.half = in_half(config, device)
         self.places = len(view_lattice(network, config.view_vox))  # patches of one view
 
-    def losses(self, batch: Batch, step: int, weights: Mapping[str, torch.Tensor] | None = None) -> Losses:
+    def losses(
+        self,
+        batch: Batch,
+        step: int,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        charts: Charts | None = None,
+    ) -> Losses:
         """The losses of a batch, of which this process has its share; `weights` stand in for the network's own.
+
+        With `charts` the losses are in canonical mm, and the charts take in what the network says of the whole batch.
 
         What a network or a method draws from torch's stream depends on the seed and the step alone.
         """
@@ -54,6 +63,9 @@ class Forward:
             else:
                 outputs = functional_call(self.network, dict(weights), (images,))
         outputs, batch = self._whole(outputs, batch)
+        if charts is not None:
+            charts.take(outputs["position"], batch, self.method.lattice, step)
+            batch = charts.carried(batch, step)
         torch.manual_seed(_seed(self.config.seed, step, 0))
         losses: Losses = self.method(outputs, batch, step)
         return losses

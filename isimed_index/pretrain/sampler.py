@@ -23,7 +23,7 @@ from isimed_index.pretrain.holes import disturbed
 from isimed_index.pretrain.views import cut, random_pose, reach, recolour, view_affine
 from isimed_index.space import Affine, apply_affine
 
-__all__ = ["Batch", "Cohort", "Source", "batches", "draw"]
+__all__ = ["Batch", "Cohort", "Source", "batches", "draw", "scans_of"]
 
 NEAR_MM = 40.0  # how far a near crop is centred from another at most
 _HALF_PATCH_VOX = 16.0
@@ -56,7 +56,7 @@ def draw(cohort: Cohort, config: PretrainConfig, step: int, share: tuple[int, in
             f"expected a scan of each batch for each of {world} processes, found batch_scans {config.batch_scans}",
             next_step=f"set batch_scans to {world} or more, or start fewer processes",
         )
-    numbers = _scans_of(len(cohort), config, step)
+    numbers = scans_of(len(cohort), config, step)
     images, affines, scan_of, crop_of = [], [], [], []
     for place in range(rank, config.batch_scans, world):
         shown, to_mm = _views(cohort.scan(numbers[place]), config, np.random.default_rng([config.seed, 0, step, place]))
@@ -123,7 +123,7 @@ def _in_box(scan: TrainingScan, side: int, rng: np.random.Generator) -> NDArray[
     return np.asarray(start + side / 2 - 1)
 
 
-def _scans_of(scans: int, config: PretrainConfig, step: int) -> NDArray[np.int64]:
+def scans_of(scans: int, config: PretrainConfig, step: int) -> NDArray[np.int64]:
     """Which scans step `step` shows: consecutive pieces of one permutation after another."""
     first = step * config.batch_scans
     rounds = range(first // scans, (first + config.batch_scans - 1) // scans + 1)

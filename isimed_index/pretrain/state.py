@@ -12,6 +12,7 @@ import torch
 from isimed_index.config import PretrainConfig
 from isimed_index.pretrain import checkpoint
 from isimed_index.pretrain.averaging import Average
+from isimed_index.pretrain.charts import Charts
 from isimed_index.pretrain.checkpoint import Saved
 from isimed_index.pretrain.monitor import Sample
 from isimed_index.pretrain.validation import Best
@@ -28,6 +29,7 @@ class State:
     optimiser: torch.optim.AdamW
     sample: Sample
     average: Average | None = None
+    charts: Charts | None = None  # of the scans that are trained on, where they are asked for
     best: Best = field(default_factory=Best)
     step: int = 0  # the next one
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch's steps
@@ -58,6 +60,7 @@ class State:
             "average": self.average.state if self.average else {},
             "best": self.best.weights,
             "sample": self.sample.tensors(),
+            "charts": self.charts.tensors() if self.charts else {},
         }
         best = None if math.isinf(self.best.loss) else self.best.loss
         notes = {
@@ -90,6 +93,8 @@ class State:
         if self.average:
             self.average.restore(dict(groups["average"]))
         self.sample.restore(dict(groups.get("sample", {})))
+        if self.charts:
+            self.charts.restore(dict(groups["charts"]))
         device = next(self.learned.parameters()).device
         weights = {name: tensor.to(device) for name, tensor in groups.get("best", {}).items()}
         loss = notes["best"]["loss"]

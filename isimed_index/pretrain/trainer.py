@@ -1,7 +1,7 @@
 """The training loop: batches in, an encoder card and its weights out.
 
 sampler ─▶ forward ─▶ losses ─▶ optimiser ─▶ (moving average)    a step
-                   after every epoch: figures, validation ─▶ records, best weights
+                   after every epoch: figures, validation ─▶ records, best weights; charts
 after every epoch and few minutes, and when stopped: checkpoint
 """
 
@@ -23,6 +23,7 @@ from isimed_index.encoders.networks import Network, PatchDenseNet121, StemNet, V
 from isimed_index.encoders.runtime import choose_device
 from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint
+from isimed_index.pretrain.charts import Charts
 from isimed_index.pretrain.forward import Forward
 from isimed_index.pretrain.methods import Losses, build_method, metric_of, outputs_of
 from isimed_index.pretrain.monitor import collapse_warning
@@ -114,6 +115,7 @@ def train(
         forward = Forward(config, network, method, on, processes)
         learned = torch.nn.ModuleDict({"network": network, "method": method})
         state = State.new(learned.train(), config, epoch_steps(config, len(cohort)))
+        state.charts = Charts(config, len(cohort)) if config.charts_after else None
         run = _begin(state, directory, config, processes, resume=resume)
         records: list[Record] = []
         metrics = directory / checkpoint.METRICS
@@ -224,7 +226,7 @@ class _Loop:
         state = self.state
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, step, self.per_epoch)
-        losses = self.forward.losses(batch, step)
+        losses = self.forward.losses(batch, step, charts=state.charts)
         self._descend(losses, step)
         if state.average:
             state.average.update(self.forward.network, step)
@@ -259,6 +261,8 @@ class _Loop:
             judged = self.validation.figures(state.weights())
             state.best.consider(judged["validation_loss"], epoch, state.weights())
             figures |= judged | {"best_epoch": state.best.epoch}
+        if state.charts:
+            figures |= state.charts.refit()
         used = state.optimiser.param_groups[0]["lr"]
         entry = {"epoch": epoch, "step": state.step, "learning_rate": used, "patches_per_s": round(rate, 1), **figures}
         for record in self.records:

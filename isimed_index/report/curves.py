@@ -23,6 +23,7 @@ _DWARFED = 12.0
 _NO_TERMS = {
     "epoch", "step", "learning_rate", "patches_per_s", "loss", "best_epoch", "distance_error_mm",
     "distance_error_across_mm", "rankme", "participation_ratio", "spread", "embedding_sd", "embedding_sd_least",
+    "charts", "chart_deviation", "chart_change",
 }  # fmt: skip
 
 

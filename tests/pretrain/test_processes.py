@@ -53,7 +53,8 @@ def test_losses_gradients_and_statistics_are_those_of_one_process(tmp_path: Path
     run(*TWO, str(RANKS), str(tmp_path / "two"))
     alone, joint = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert alone.keys() == joint.keys()
-    for kind in ("isimed", "regisimed", "simclr", "all"):
+    assert alone["charts.taken"].count_nonzero() > 4 * 20  # of the whole batch
+    for kind in ("isimed", "regisimed", "simclr", "all", "charts"):
         gradients = [key for key in alone if key.startswith(f"{kind}.gradient")]
         assert any("trunk" in key for key in gradients)
         assert any("method" in key for key in gradients) == (kind == "regisimed")

@@ -19,7 +19,7 @@ from scipy.spatial.distance import pdist
 from isimed_index.config import Augmentation, PretrainConfig, pretrain_config
 from isimed_index.errors import ScanRefused, UsageError
 from isimed_index.grid import Box
-from isimed_index.pretrain.sampler import Cohort, _scans_of, batches, draw
+from isimed_index.pretrain.sampler import Cohort, batches, draw, scans_of
 from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
 from isimed_index.testing.templates import ellipsoid_head
@@ -357,7 +357,7 @@ def test_an_error_is_raised_where_its_batch_is_asked_for() -> None:
         raise ScanRefused("it is gone")
 
     setup = config(batch_scans=1, sampler_threads=2)
-    order = _scans_of(4, replace(setup), 0)[0], _scans_of(4, setup, 1)[0]
+    order = scans_of(4, replace(setup), 0)[0], scans_of(4, setup, 1)[0]
     mixed = Cohort([broken if n == order[1] else sources(4)[n] for n in range(4)], 10**9)
     coming = batches(mixed, setup, range(4))
     assert len(next(coming).images) == 2
