@@ -278,8 +278,8 @@ class Store:
             config: TOML whose fields replace the preset's.
             epochs, batch_scans, patches_per_scan, seed: replace the fields of that name.
             device: auto, cpu or cuda.
-            resume: go on from the last checkpoint.
-            name: of the encoder; by default method and preset.
+            resume: go on from the last checkpoint; what is finished already is returned as it is.
+            name: of the encoder, 1 to 200 printable characters; by default method and preset.
             where: SQL over `scans` that chooses which are trained on.
             progress: is told of every step.
             tensorboard: folder that gets the curves as event files (extra `tensorboard`).
@@ -315,18 +315,24 @@ class Store:
         min_recall: float = 0.98,
         max_ram: int | None = None,
         progress: Progress | None = None,
+        runtime: str = "auto",
+        precision: str = "fp32",
     ) -> IndexReport:
         """Encode every patch of the scans that `where` keeps, fit the canonical frame and build the index.
 
         Scans that are encoded already are skipped; every few scans are committed, so that an interruption costs little.
-        `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first.
+        `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first. `runtime` is
+        torch, openvino or onnx, or `auto`: on a CPU the fastest that a short trial finds. `precision` is fp32 or bf16;
+        scans that are encoded in the other one are encoded again.
         """
+        from isimed_index.encoders.runtimes.kind import Runtime
         from isimed_index.indexing import IndexOptions, index_scans
 
+        asked = Runtime(runtime, precision)
         repository = self._writing()
         self.refresh()
         named = self._stored_encoder(encoder)
-        options = IndexOptions(named, stride_mm, scheduler, device, min_recall, max_ram, self._trust)
+        options = IndexOptions(named, stride_mm, scheduler, device, min_recall, max_ram, self._trust, asked)
         try:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())
         finally:
@@ -825,7 +831,13 @@ def _triple(point: PointLike) -> tuple[float, float, float]:
 
 
 def _path(path: FilePath | None) -> Path | None:
-    return None if path is None else Path(path)
+    try:
+        return None if path is None else Path(path)
+    except TypeError:
+        raise UsageError(
+            f"expected a path, found {type(path).__name__}",
+            next_step="give the path as text; what a table or TOML file would hold goes into one",
+        ) from None
 
 
 def _paths(paths: FilePath | Sequence[FilePath] | None) -> tuple[Path, ...]:

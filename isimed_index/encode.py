@@ -8,27 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.protocol import Encoder, Vectors, encode_grid, halved
-from isimed_index.errors import IsimedError, UsageError
+from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
+from isimed_index.errors import IsimedError, RuntimeMismatch, UsageError
 from isimed_index.grid import PatchGrid
 from isimed_index.lattice import Lattice, ScanGeometry, Standard, build_lattice, lattice_affine, write_geometry
 from isimed_index.scans.prepare import Volume, prepare, resample_labels
 from isimed_index.space import Affine
 
+if TYPE_CHECKING:
+    from isimed_index.encoders.runtimes.trial import Choice, Job
+
 MIN_FOREGROUND = 0.15  # patches with less of it are air and are not stored
 _WORKERS = 2  # encodings at once on threads: one reads while the other computes
 _CONNECT_S = 10.0  # how long a scheduler may take to answer
+_LOADING = threading.Lock()  # threads of a worker share one encoder, and load it once
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class EncodeTask:
     stride_vox: int
     device: str
     trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
+    runtime: Runtime = NATIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +66,13 @@ def grid_key(card: EncoderCard, stride_vox: int) -> str:
     return f"patch{card.patch_vox}-stride{stride_vox}-spacing{card.spacing_mm:g}mm-fg{MIN_FOREGROUND:g}"
 
 
-def task_key(scan_digest: str, card: EncoderCard, stride_vox: int) -> str:
-    """Hash of everything that decides a segment's content: a rerun skips the keys that are committed."""
-    text = json.dumps([scan_digest, card.id, grid_key(card, stride_vox)])
+def task_key(scan_digest: str, card: EncoderCard, stride_vox: int, precision: str = "fp32") -> str:
+    """Hash of everything that decides a segment's content: a rerun skips the keys that are committed.
+
+    The runtime is no part of it, because each gives the same vectors; a precision is.
+    """
+    decides = [scan_digest, card.id, grid_key(card, stride_vox)]
+    text = json.dumps(decides if precision == "fp32" else [*decides, precision])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -112,7 +123,8 @@ def encode_scan(task: EncodeTask) -> Encoded:
     """
     from isimed_index.scans.chunks import open_chunks
 
-    encoder = _encoder(task.encoder, task.device, task.trust)
+    with _LOADING:
+        encoder = _encoder(task.encoder, task.device, task.trust, task.runtime)
     try:
         stored = open_chunks(Path(task.chunks))
         volume = prepared(stored.values(), stored.affine, encoder.card)
@@ -121,6 +133,8 @@ def encode_scan(task: EncodeTask) -> Encoded:
         if labels is not None:
             labels = resample_labels(labels, stored.affine, encoder.card.spacing_mm)
         return Encoded(task, _stage(task, encoder, volume, scan, labels))
+    except RuntimeMismatch:
+        raise
     except IsimedError as error:
         return Encoded(task, {}, error)
 
@@ -152,19 +166,23 @@ def _stage(
         "encoder": encoder.card.id,
         "grid": grid_key(encoder.card, task.stride_vox),
         "task": task.key,
+        "runtime": task.runtime.record(),
     }
 
 
 @lru_cache(maxsize=2)
-def _encoder(directory: str, device: str, trust: tuple[str, ...]) -> Encoder:
+def _encoder(directory: str, device: str, trust: tuple[str, ...], runtime: Runtime) -> Encoder:
     from isimed_index.encoders.runtime import load_encoder
 
-    return load_encoder(Path(directory), device, trust)
+    return load_encoder(Path(directory), device, trust, runtime)
+
+
+Workers = dict[str, Any]  # the keyword arguments that send `dask.compute` to them
 
 
 @contextmanager
-def _workers(scheduler: str) -> Iterator[dict[str, Any]]:
-    """The keyword arguments that send `dask.compute` to threads, to processes, or to a scheduler address."""
+def workers(scheduler: str = "threads") -> Iterator[Workers]:
+    """Threads, processes of this machine, or the workers of a scheduler address."""
     if scheduler == "threads":
         yield {"scheduler": "threads", "num_workers": _WORKERS}
         return
@@ -187,13 +205,26 @@ def _workers(scheduler: str) -> Iterator[dict[str, Any]]:
         )
 
 
-def encode_groups(groups: Iterator[Sequence[EncodeTask]], scheduler: str = "threads") -> Iterator[list[Encoded]]:
+def choose_on(job: Job, where: Workers) -> Choice:
+    """The runtime for a job, chosen on one of the workers that will do it: this machine may be unlike them."""
+    import dask
+
+    chosen: Choice = dask.compute(dask.delayed(_choose)(job), **where)[0]
+    return chosen
+
+
+def _choose(job: Job) -> Choice:
+    from isimed_index.encoders.runtimes.trial import choose
+
+    return choose(job)
+
+
+def encode_groups(groups: Iterator[Sequence[EncodeTask]], where: Workers) -> Iterator[list[Encoded]]:
     """Encode group after group, each as one Dask graph; a group is ready to be committed when it is yielded."""
     import dask
 
-    with _workers(scheduler) as where:
-        for group in groups:
-            # Dask computes one key once: the segment's own name is one that no other task, here or elsewhere, has.
-            keys = [f"encode-{Path(task.segment).name}-{task.key[:8]}" for task in group]
-            graph = [dask.delayed(encode_scan)(task, dask_key_name=key) for task, key in zip(group, keys, strict=True)]
-            yield list(dask.compute(*graph, **where))
+    for group in groups:
+        # Dask computes one key once: the segment's own name is one that no other task, here or elsewhere, has.
+        keys = [f"encode-{Path(task.segment).name}-{task.key[:8]}" for task in group]
+        graph = [dask.delayed(encode_scan)(task, dask_key_name=key) for task, key in zip(group, keys, strict=True)]
+        yield list(dask.compute(*graph, **where))

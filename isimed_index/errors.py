@@ -18,6 +18,7 @@
     ├── StoreDamaged          (OSError)            kind store_damaged      exit 12
     ├── Incompatible          (ValueError)         kind incompatible       exit 13
     │   ├── EncoderMismatch                        kind encoder_mismatch   exit 13
+    │   │   └── RuntimeMismatch
     │   └── EncoderNotTrusted                      kind encoder_not_trusted exit 13
     └── RecallBelowTarget     (ValueError)         kind recall_below_target exit 14
 
@@ -159,6 +160,10 @@ class EncoderMismatch(Incompatible):
     """Embeddings of two encoders were about to be mixed, or weights do not match their card."""
 
     kind = "encoder_mismatch"
+
+
+class RuntimeMismatch(EncoderMismatch):
+    """A runtime gives other vectors than PyTorch does for the same weights."""
 
 
 class EncoderNotTrusted(Incompatible):

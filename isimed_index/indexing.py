@@ -5,20 +5,31 @@ scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from isimed_index.encode import Encoded, EncodeTask, encode_groups, stride_in_voxels, task_key
+from isimed_index.encode import (
+    Encoded,
+    EncodeTask,
+    Workers,
+    choose_on,
+    encode_groups,
+    stride_in_voxels,
+    task_key,
+    workers,
+)
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
+from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
+from isimed_index.errors import Incompatible, IsimedWarning, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
@@ -31,6 +42,9 @@ from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
 
+if TYPE_CHECKING:
+    from isimed_index.encoders.runtimes.trial import Job
+
 COMMIT_SCANS = 4  # scans encoded in one commit: what a kill can cost
 REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
 _NO_PATCH = ScanRefused(
@@ -41,7 +55,10 @@ _SAMPLE = 200  # vectors of each scan that the standard is estimated from
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index."""
+    """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index.
+
+    `runtime` and `precision` are empty when nothing had to be encoded, `trial_patches_per_s` when there was no trial.
+    """
 
     encoder: str
     encoded: list[str] = field(default_factory=list)
@@ -50,6 +67,9 @@ class IndexReport:
     patches: int = 0
     recall_at_10: float = 1.0
     index_kind: str = ""
+    runtime: str = ""
+    precision: str = ""
+    trial_patches_per_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +83,7 @@ class IndexOptions:
     min_recall: float = 0.98
     max_ram: int | None = None
     trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
+    runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
 
 
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
@@ -72,19 +93,24 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         card = read_card(directory)
         stride = stride_in_voxels(card, options.stride_mm)
         report = IndexReport(card.id)
-        keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride) for scan in scans}
+        precision = options.runtime.precision
+        keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride, precision) for scan in scans}
         scans = list(dict.fromkeys(scans))
         done = {segment.task for segment in head.segments(card.id)}
         report.skipped.extend(scan for scan in scans if keys[scan] in done)
         todo = [scan for scan in scans if keys[scan] not in done]
-        progress.start("encode", len(todo), "scans")
-        whole = _whole(head, todo, report)
-        tasks = _task_groups(transaction, whole, keys, directory, stride, options)
-        patches = 0
-        for results in encode_groups(tasks, options.scheduler):
-            patches += _commit_segments(transaction, head, card, results, report)
-            progress.advance(len(results), f"{patches:,} patches")
-        progress.finish()
+        with workers(options.scheduler) as where:
+            if todo:
+                job = _job(head, card, todo, directory, stride, options)
+                report, options = _with_runtime(job, where, report, options, progress)
+            progress.start("encode", len(todo), "scans")
+            whole = _whole(head, todo, report)
+            tasks = _task_groups(transaction, whole, keys, directory, stride, options)
+            patches = 0
+            for results in encode_groups(tasks, where):
+                patches += _commit_segments(transaction, head, card, results, report)
+                progress.advance(len(results), f"{patches:,} patches")
+            progress.finish()
         if not report.encoded and not report.skipped:
             if report.refused:
                 return report
@@ -97,9 +123,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
             )
         _commit_frame(transaction, card, progress)
         built = _commit_index(transaction, card, options)
-    return IndexReport(
-        card.id, report.encoded, report.skipped, report.refused, rows, built.recall_at_10, built.recipe.factory
-    )
+    return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
 
 
 def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:
@@ -124,6 +148,41 @@ def recalls_asked_for(repository: Repository) -> dict[str, float]:
                 if built is not None:
                     found[encoder] = built.min_recall
     return found
+
+
+def _job(
+    head: Snapshot, card: EncoderCard, scans: Sequence[str], directory: Path, stride: int, options: IndexOptions
+) -> Job:
+    """What is known of the encoding to come: how many patches at most, and what encoded this encoder's last scans."""
+    from isimed_index.encoders.runtimes.trial import Job
+
+    step_mm, patches = stride * card.spacing_mm, 0
+    for row in map(head.scan_row, scans):
+        patches += math.prod(max(1, math.ceil(row[f"n{axis}"] * row[f"d{axis}_mm"] / step_mm)) for axis in "xyz")
+    last = max(head.segments(card.id), key=lambda segment: segment.first_row_id, default=None)
+    ran = {} if last is None else last.artefact.fields.get("runtime", {})
+    before = ran.get("name") if ran.get("precision") == options.runtime.precision else None
+    return Job(str(directory), options.device, options.trust, options.runtime, patches, stride, before)
+
+
+def _with_runtime(
+    job: Job, where: Workers, report: IndexReport, options: IndexOptions, progress: Progress
+) -> tuple[IndexReport, IndexOptions]:
+    """Report and options with the runtime that the workers will use; once a run, so that all of them use the same."""
+    progress.start("runtime", 1, "choice")
+    choice = choose_on(job, where)
+    rate = choice.patches_per_s.get(choice.runtime.name)
+    progress.advance(1, str(choice.runtime) + ("" if rate is None else f", {rate:,.0f} patches/s"))
+    progress.finish()
+    for name, reason in choice.failed.items():
+        warnings.warn(f"the runtime {name} is left aside: {reason}", IsimedWarning, stacklevel=2)
+    told = replace(
+        report,
+        runtime=choice.runtime.name,
+        precision=choice.runtime.precision,
+        trial_patches_per_s=dict(choice.patches_per_s),
+    )
+    return told, replace(options, runtime=choice.runtime)
 
 
 def _whole(head: Snapshot, scans: Sequence[str], report: IndexReport) -> Iterator[tuple[str, Path]]:
@@ -154,6 +213,7 @@ def _task_groups(
                 stride,
                 options.device,
                 options.trust,
+                options.runtime,
             )
             for scan, voxels in group
         ]

@@ -16,6 +16,7 @@ from isimed_index import encode
 from isimed_index.config import PretrainConfig
 from isimed_index.encode import (
     MIN_FOREGROUND,
+    Encoded,
     EncodeTask,
     encode_groups,
     encode_scan,
@@ -25,10 +26,14 @@ from isimed_index.encode import (
     stride_in_voxels,
     task_key,
     volume_lattice,
+    workers,
 )
+from isimed_index.encoders.card import read_card
 from isimed_index.encoders.networks import build_network
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import StoreDamaged, UsageError
+from isimed_index.encoders.runtimes import exported
+from isimed_index.encoders.runtimes.kind import Runtime
+from isimed_index.errors import RuntimeMismatch, StoreDamaged, UsageError
 from isimed_index.lattice import FILE, Standard
 from isimed_index.pretrain.trainer import new_card
 from isimed_index.scans.chunks import write_chunks
@@ -97,6 +102,8 @@ def test_a_task_is_named_by_scan_encoder_and_lattice() -> None:
     }
     assert len(keys) == 4
     assert task_key("a", replace(card, name="other"), 4) in keys
+    assert task_key("a", card, 4, "fp32") in keys  # stores from before there was another precision
+    assert task_key("a", card, 4, "bf16") not in keys
     assert grid_key(card, 4) == "patch8-stride4-spacing2mm-fg0.15"
 
 
@@ -190,6 +197,12 @@ def vectors_of(task: EncodeTask) -> np.ndarray:
     return np.load(Path(task.segment) / "descriptor.npy")
 
 
+def encoded(group: list[EncodeTask], scheduler: str = "threads") -> list[Encoded]:
+    """One group, encoded on workers of its own."""
+    with workers(scheduler) as where:
+        return next(encode_groups(iter([group]), where))
+
+
 def test_groups_are_encoded_one_after_another(tmp_path: Path) -> None:
     made = tasks(tmp_path, 3)
     asked: list[int] = []
@@ -199,18 +212,19 @@ def test_groups_are_encoded_one_after_another(tmp_path: Path) -> None:
             asked.append(len(group))
             yield group
 
-    results = encode_groups(groups())
-    first = next(results)
-    assert asked == [2]  # the second group is asked for when the first has been committed
-    assert [done.task.scan for done in first] == ["s0", "s1"]
-    assert [done.task.scan for done in next(results)] == ["s2"]
-    assert next(results, None) is None
+    with workers() as where:
+        results = encode_groups(groups(), where)
+        first = next(results)
+        assert asked == [2]  # the second group is asked for when the first has been committed
+        assert [done.task.scan for done in first] == ["s0", "s1"]
+        assert [done.task.scan for done in next(results)] == ["s2"]
+        assert next(results, None) is None
 
 
 def test_a_damaged_scan_does_not_stop_its_group(tmp_path: Path) -> None:
     made = tasks(tmp_path, 2)
     broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"))
-    results = next(encode_groups(iter([[broken, made[1]]])))
+    results = encoded([broken, made[1]])
     assert [type(done.error) for done in results] == [StoreDamaged, type(None)]
     assert len(vectors_of(made[1]))
 
@@ -219,32 +233,77 @@ def test_two_segments_of_one_content_are_both_written(tmp_path: Path) -> None:
     """Copies of a scan have the same task key; each result must still be about its own segment."""
     task, other = tasks(tmp_path, 2)
     twin = replace(task, scan="copy", segment=other.segment)
-    results = next(encode_groups(iter([[task, twin]])))
+    results = encoded([task, twin])
     assert [done.task for done in results] == [task, twin]
     np.testing.assert_array_equal(vectors_of(task), vectors_of(twin))
 
 
 def test_an_unknown_scheduler_is_refused() -> None:
-    with pytest.raises(UsageError, match="threads, processes or an address"):
-        next(encode_groups(iter([[]]), "cluster"))
+    with pytest.raises(UsageError, match="threads, processes or an address"), workers("cluster"):
+        pass
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_CONNECT_S", 0.3)
     for address in ("tcp://127.0.0.1:1", "nonsense://x:1"):
-        with pytest.raises(UsageError, match="no Dask scheduler"):
-            next(encode_groups(iter([[]]), address))
+        with pytest.raises(UsageError, match="no Dask scheduler"), workers(address):
+            pass
 
 
 def test_processes_give_what_threads_give(tmp_path: Path) -> None:
     made = tasks(tmp_path, 1)
-    list(encode_groups(iter([made])))
+    encoded(made)
     elsewhere = tmp_path / "again"
     elsewhere.mkdir()
     again = replace(made[0], segment=str(elsewhere))
     broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"), segment=str(tmp_path))
-    results = next(encode_groups(iter([[again, broken]]), "processes"))
+    results = encoded([again, broken], "processes")
     assert [type(done.error) for done in results] == [type(None), StoreDamaged]
     assert results[1].error is not None
     assert results[1].error.next_step == "restore the store from a backup, or add the file to a new one"
     np.testing.assert_array_equal(vectors_of(made[0]), vectors_of(again))
+
+
+# -- runtimes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    """The runtime, with a cache of its own."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Runtime("openvino")
+
+
+def elsewhere(task: EncodeTask, folder: Path, runtime: Runtime) -> EncodeTask:
+    """The same task in another runtime, with another place for its segment."""
+    folder.mkdir()
+    return replace(task, segment=str(folder), runtime=runtime)
+
+
+def test_workers_use_the_runtime_of_their_task_and_say_so(tmp_path: Path, openvino: Runtime) -> None:
+    by_torch = replace(tasks(tmp_path, 1)[0], runtime=Runtime("torch"))
+    others = [elsewhere(by_torch, tmp_path / name, openvino) for name in "abc"]
+    results = encoded([by_torch, *others[:2]]) + encoded(others[2:], "processes")
+    assert [done.fields["runtime"]["name"] for done in results] == ["torch", *["openvino"] * 3]
+    assert all(done.fields["runtime"]["version"] and done.fields["runtime"]["precision"] == "fp32" for done in results)
+    first = vectors_of(others[0])
+    for task in others[1:]:  # another thread, another process: the same bits
+        np.testing.assert_array_equal(vectors_of(task), first)
+    scale = np.abs(vectors_of(by_torch)).max()
+    np.testing.assert_allclose(first, vectors_of(by_torch), rtol=0, atol=1e-3 * scale)  # float16
+    exact = [np.load(Path(task.segment) / "position.npy") for task in (by_torch, others[0])]
+    np.testing.assert_allclose(exact[1], exact[0], rtol=0, atol=1e-5 * np.abs(exact[0]).max())
+
+
+def test_a_runtime_with_other_answers_concerns_every_scan_and_is_raised(tmp_path: Path, openvino: Runtime) -> None:
+    task = elsewhere(tasks(tmp_path, 1)[0], tmp_path / "a", openvino)
+    card = json.loads((Path(task.encoder) / "card.json").read_text())
+    torch.manual_seed(9)
+    other = build_network(card["factory"], {name: y["dim"] for name, y in card["outputs"].items()}, card["network"])
+    graph = exported.export(other, list(card["outputs"]), 32)
+    name = exported.graph_name(read_card(Path(task.encoder)))
+    exported._keep(tmp_path / "cache/isimed-index/graphs" / name, graph)
+    with pytest.raises(RuntimeMismatch, match="runtime openvino does not give the vectors"):
+        encode_scan(task)
+    assert not list(Path(task.segment).iterdir())

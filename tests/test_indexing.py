@@ -11,9 +11,11 @@ import pytest
 from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
 
 import isimed_index as isi
-from isimed_index import indexing
+from isimed_index import encode, indexing
 from isimed_index.api import Store
-from isimed_index.errors import NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
+from isimed_index.encoders.runtimes.kind import Runtime
+from isimed_index.encoders.runtimes.trial import Choice, Job
+from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
 from isimed_index.index.card import IndexCard
 
@@ -308,3 +310,101 @@ def test_damaged_voxels_are_refused_by_name_and_the_rest_is_encoded(store: Store
     done = store.index(encoder)
     assert [(refusal.name, refusal.kind) for refusal in done.refused] == [("sub-02_T1w", "store_damaged")]
     assert len(done.encoded) == 5
+
+
+# -- runtimes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store with scans and an encoder, nothing encoded; graphs of other runtimes in a cache of its own."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = isi.create(tmp_path / "fresh")
+    store.add(cohort.images)
+    add_random_encoder(store.path)
+    return store
+
+
+ONE, TWO = "scan = 'sub-02_T1w'", "scan IN ('sub-02_T1w', 'sub-03_T1w')"
+
+
+def runtimes(store: Store) -> list[str]:
+    return [segment.artefact.fields["runtime"]["name"] for segment in store.snapshot.segments()]
+
+
+def test_a_short_job_runs_on_torch_without_a_trial(fresh: Store):
+    report = fresh.index(where=ONE)
+    assert (report.runtime, report.precision, report.trial_patches_per_s) == ("torch", "fp32", {})
+    assert runtimes(fresh) == ["torch"]
+    again = fresh.index(where=ONE)
+    assert (again.runtime, again.precision) == ("", "")
+
+
+def test_a_runtime_by_name_is_recorded_and_gone_on_with(fresh: Store):
+    assert fresh.index(where=ONE, runtime="openvino").runtime == "openvino"
+    assert fresh.index(where=TWO).runtime == "openvino"  # auto: as this encoder's scans were encoded before
+    assert fresh.index(where="scan = 'sub-04_T1w'", runtime="torch").runtime == "torch"
+    assert runtimes(fresh) == ["openvino", "openvino", "torch"]
+    assert fresh.snapshot.segments()[0].artefact.fields["runtime"]["precision"] == "fp32"
+
+
+def test_scans_in_another_precision_are_encoded_again(fresh: Store):
+    """As with another stride: what a store says it has in float32 must not be bfloat16 that was there before."""
+    assert len(fresh.index(where=TWO, runtime="torch", precision="bf16").encoded) == 2
+    assert fresh.index(where=TWO, precision="bf16").skipped == ["sub-02_T1w", "sub-03_T1w"]
+    rough = fresh.snapshot.segments()[0].vectors("embedding").tobytes()
+    report = fresh.index(where=TWO)
+    assert (report.encoded, report.skipped, report.precision) == (["sub-02_T1w", "sub-03_T1w"], [], "fp32")
+    now = fresh.snapshot.segments()
+    assert [segment.artefact.fields["runtime"]["precision"] for segment in now] == ["fp32", "fp32"]
+    assert now[0].vectors("embedding").tobytes() != rough
+
+
+def test_packed_scans_still_say_what_encoded_them(fresh: Store):
+    fresh.index(where=TWO, runtime="openvino")
+    before = fresh.snapshot.segments()[0].artefact.fields["runtime"]
+    fresh.compact()
+    assert len({segment.path for segment in fresh.snapshot.segments()}) == 1
+    assert fresh.snapshot.segments()[0].artefact.fields["runtime"] == before
+    assert fresh.index(where="scan = 'sub-04_T1w'").runtime == "openvino"
+    fresh.index(where="scan = 'sub-05_T1w'", runtime="torch")
+    fresh.compact()
+    assert "runtime" not in fresh.snapshot.segments()[0].artefact.fields  # of several
+
+
+def test_a_rerun_in_a_runtime_ends_with_the_same_bits(fresh: Store):
+    fresh.index(where=ONE, runtime="openvino")
+    first = fresh.snapshot.segments()[0]
+    before = first.vectors("embedding").tobytes()
+    fresh.index(where=ONE, runtime="openvino", stride_mm=32.0)
+    fresh.index(where=ONE, runtime="openvino")
+    again = fresh.snapshot.segments()[0]
+    assert again.path != first.path
+    assert again.vectors("embedding").tobytes() == before
+
+
+def test_a_long_job_has_one_trial_and_says_what_it_found(fresh: Store, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def tried(job: Job) -> Choice:
+        asked.append(job)
+        return Choice(Runtime("openvino"), {"torch": 100.0, "openvino": 230.0}, {"onnx": "it fails"})
+
+    monkeypatch.setattr(encode, "_choose", tried)
+    with pytest.warns(IsimedWarning, match="runtime onnx is left aside: it fails"):
+        report = fresh.index(where=TWO)
+    assert (report.runtime, report.trial_patches_per_s) == ("openvino", {"torch": 100.0, "openvino": 230.0})
+    assert runtimes(fresh) == ["openvino", "openvino"]
+    (job,) = asked
+    assert report.patches <= job.patches <= 3 * report.patches  # it counts air as well
+    assert (job.before, job.asked, job.stride_vox) == (None, Runtime(), 4)
+
+
+def test_a_runtime_that_does_not_exist_is_refused_before_anything(fresh: Store):
+    before = fresh.generation
+    with pytest.raises(UsageError, match="found 'tensorrt'"):
+        fresh.index(runtime="tensorrt")
+    with pytest.raises(UsageError, match="onnx has no precision bf16"):
+        fresh.index(runtime="onnx", precision="bf16")
+    assert fresh.generation == before

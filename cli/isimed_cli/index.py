@@ -26,6 +26,16 @@ def index(
         str, typer.Option(metavar="threads|processes|ADDRESS", help="Where Dask encodes.")
     ] = "threads",
     device: DeviceOption = "auto",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|torch|openvino|onnx",
+            help="What runs the network; auto: the fastest of a short trial.",
+        ),
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="Of the network; bf16 is faster, with an error of up to 1 %.")
+    ] = "fp32",
     min_recall: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Least recall@10 of the index, measured against exact search.")
     ] = 0.98,
@@ -54,6 +64,8 @@ def index(
                 where=where,
                 scheduler=scheduler,
                 device=device,
+                runtime=runtime,
+                precision=precision,
                 min_recall=min_recall,
                 max_ram=max_ram,
                 progress=progress,
@@ -67,10 +79,14 @@ def index(
             "patches": done.patches,
             "recall_at_10": done.recall_at_10,
             "index_kind": done.index_kind,
+            "runtime": done.runtime,
+            "precision": done.precision,
+            "trial_patches_per_s": done.trial_patches_per_s,
         }
         write_report(report, fields, refused)
         if session.format is Format.TABLE:
             fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
+            fields = {name: value for name, value in fields.items() if value not in ("", {})}
         show_fields(fields, session.format)
     finally:
         list_refusals(refused)

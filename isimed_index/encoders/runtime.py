@@ -1,4 +1,4 @@
-"""Run an encoder with PyTorch, patch by patch or over whole volumes, and keep it as safetensors beside its card."""
+"""Open an encoder in a runtime, run it patch by patch or over whole volumes, keep it as safetensors beside its card."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ from isimed_index.encoders.networks import Network
 from isimed_index.encoders.onnx_model import FACTORY as ONNX
 from isimed_index.encoders.onnx_model import open_onnx
 from isimed_index.encoders.protocol import Encoder, Vectors, encode_patches
+from isimed_index.encoders.runtimes.by_onnxruntime import onnx_run
+from isimed_index.encoders.runtimes.by_openvino import openvino_run
+from isimed_index.encoders.runtimes.by_torch import TorchRun, quick
+from isimed_index.encoders.runtimes.checked import Checked
+from isimed_index.encoders.runtimes.exported import graph_of
+from isimed_index.encoders.runtimes.kind import AUTO, NATIVE, Run, Runtime, need_packages
 from isimed_index.encoders.trust import is_ours
 from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.grid import Box, PatchGrid
@@ -34,26 +40,36 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
-        raise UsageError(f"expected device auto, cpu or cuda, found {device!r}")
+        raise UsageError(f"expected device auto, cpu or cuda, found {device!r}", next_step="for a GPU, --device cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device is available", next_step="use --device cpu")
     return torch.device(device)
 
 
-class TorchEncoder:
-    """An `Encoder` on PyTorch; exactly convolutional networks encode a grid in one tiled pass."""
+class NetworkEncoder:
+    """An `Encoder` on a network of ours; one that is exactly convolutional encodes a grid in one tiled pass.
 
-    def __init__(self, card: EncoderCard, network: Network, device: torch.device) -> None:
+    `own_stride` is the network's stride over a volume, None when it has to be run patch by patch.
+    """
+
+    def __init__(self, card: EncoderCard, run: Run, own_stride: int | None) -> None:
         self.card = card
-        self.network = network.eval().to(device)
-        self.device = device
+        self._run = run
+        self._own_stride = own_stride
 
     def encode(self, patches: NDArray[np.float32]) -> Vectors:
         """Patches (n, x, y, z), scaled as the card says, → {output: (n, dim) float32}."""
         edge = self.card.patch_vox
         if patches.shape[1:] != (edge, edge, edge):
             raise EncoderMismatch(f"expected patches of {edge}³ voxels, found {patches.shape[1:]}")
+        if not len(patches):
+            return {name: np.empty((0, dim), np.float32) for name, dim in self.card.outputs.items()}
         return {name: y[:, :, 0, 0, 0] for name, y in self._run(patches[:, None]).items()}
+
+    def shares_work(self, stride: int) -> bool:
+        """Whether a lattice of that many voxels is encoded in passes over the volume, not patch by patch."""
+        own = self._own_stride
+        return own is not None and not (stride % own and own % stride)
 
     def encode_grid(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
         """The same vectors as `encode` of each patch `numbers` (n,) of `grid`.
@@ -63,8 +79,8 @@ class TorchEncoder:
         """
         if grid.patch != self.card.patch_vox:
             raise EncoderMismatch(f"expected a grid of patches of {self.card.patch_vox} voxels, found {grid.patch}")
-        own = self.network.stride
-        if not self.network.exactly_convolutional or (grid.stride % own and own % grid.stride):
+        own = self._own_stride
+        if own is None or not self.shares_work(grid.stride):
             return encode_patches(self, volume, grid, numbers)
         result = {name: np.empty((len(numbers), dim), np.float32) for name, dim in self.card.outputs.items()}
         ijk = grid.ijk(numbers)
@@ -75,18 +91,17 @@ class TorchEncoder:
             tiles = ijk[rows] // phases // tile_points
             for tile in np.unique(tiles, axis=0):
                 here = rows[(tiles == tile).all(axis=1)]
-                self._encode_tile(volume, grid, ijk[here], here, result)
+                starts = np.array(grid.first_start) + ijk[here] * grid.stride
+                self._encode_tile(volume, starts, own, here, result)
         return result
 
     def _encode_tile(
-        self, volume: Volume, grid: PatchGrid, ijk: NDArray[np.int64], rows: NDArray[np.int64], result: Vectors
+        self, volume: Volume, starts: NDArray[np.int64], own: int, rows: NDArray[np.int64], result: Vectors
     ) -> None:
-        """One pass over the box that holds the patches `ijk` (n, 3); fills `rows` (n,) of `result`."""
-        own = self.network.stride
-        starts = np.array(grid.first_start) + ijk * grid.stride
+        """One pass over the box that holds the patches from `starts` (n, 3) on; fills `rows` (n,) of `result`."""
         low = starts.min(axis=0)
         x, y, z = low.tolist()
-        i, j, k = (starts.max(axis=0) + grid.patch).tolist()
+        i, j, k = (starts.max(axis=0) + self.card.patch_vox).tolist()
         box = Box((x, y, z), (i, j, k))
         source, target = box.slices(volume.values.shape)
         block = np.full(box.shape, volume.background, np.float32)
@@ -95,10 +110,16 @@ class TorchEncoder:
         for name, found in self._run(block[None, None]).items():
             result[name][rows] = found[0][(slice(None), *at)].T
 
-    def _run(self, values: NDArray[np.float32]) -> Vectors:
-        with torch.inference_mode():
-            outputs = self.network(torch.from_numpy(np.ascontiguousarray(values)).to(self.device))
-            return {name: y.float().cpu().numpy() for name, y in outputs.items()}
+
+class TorchEncoder(NetworkEncoder):
+    """A network as it is on PyTorch in float32: what every other way of running it is compared with."""
+
+    def __init__(self, card: EncoderCard, network: Network, device: torch.device) -> None:
+        super().__init__(card, TorchRun(network, device), _own_stride(network))
+
+
+def _own_stride(network: Network) -> int | None:
+    return network.stride if network.exactly_convolutional else None
 
 
 def weights_bytes(state: Mapping[str, torch.Tensor]) -> bytes:
@@ -116,19 +137,30 @@ def write_encoder(directory: Path, card: EncoderCard, state: Mapping[str, torch.
     return final
 
 
-def load_encoder(directory: Path, device: str = "auto", trust: Sequence[str] = ()) -> Encoder:
+def load_encoder(
+    directory: Path, device: str = "auto", trust: Sequence[str] = (), runtime: Runtime = NATIVE
+) -> Encoder:
     """Load an encoder directory; see `open_encoder`."""
     card = read_card(directory)
-    return open_encoder(card, directory / (WEIGHTS if card.model_sha256 is None else MODEL), device, trust)
+    return open_encoder(card, weights_file(directory, card), device, trust, runtime)
 
 
-def open_encoder(card: EncoderCard, file: Path, device: str = "auto", trust: Sequence[str] = ()) -> Encoder:
+def weights_file(directory: Path, card: EncoderCard) -> Path:
+    """The file of an encoder directory that holds its weights, or its ONNX graph."""
+    return directory / (WEIGHTS if card.model_sha256 is None else MODEL)
+
+
+def open_encoder(
+    card: EncoderCard, file: Path, device: str = "auto", trust: Sequence[str] = (), runtime: Runtime = NATIVE
+) -> Encoder:
     """The encoder of a card and of the file with its weights, or its ONNX graph.
 
     `StoreDamaged` when the file is missing or cut off, `EncoderMismatch` when it does not belong to card or network,
-    or is a pickle; `EncoderNotTrusted` when the card names code of others that `trust` does not cover.
+    or is a pickle; `EncoderNotTrusted` when the card names code of others that `trust` does not cover; `UsageError`
+    when `runtime` cannot run it or not there, `MissingExtra` when its package is not installed.
     """
     if card.factory == ONNX and card.model_sha256 is not None and card.weights_sha256 is None:
+        refuse_other(card, runtime)
         return ForeignEncoder(card, open_onnx(card, file, device).run)
     if card.weights_sha256 is None and card.model_sha256 is None:
         raise EncoderMismatch(
@@ -140,10 +172,50 @@ def open_encoder(card: EncoderCard, file: Path, device: str = "auto", trust: Seq
             f"the card of encoder {card.name!r} says {card.factory} and hashes of {_files(card)}",
             next_step=f"{MODEL} goes with the factory {ONNX}, {WEIGHTS} with all others",
         )
-    on = choose_device(device)
     if is_ours(card.factory):
-        return TorchEncoder(card, our_network(card, file), on)
-    return ForeignEncoder(card, foreign_module(card, file, trust, on).run)
+        return _our_encoder(card, file, device, runtime)
+    refuse_other(card, runtime)
+    return ForeignEncoder(card, foreign_module(card, file, trust, choose_device(device)).run)
+
+
+def native_runtime(card: EncoderCard) -> str:
+    """The runtime that an encoder was made for, and that needs no trial."""
+    return "onnx" if card.factory == ONNX else "torch"
+
+
+def refuse_other(card: EncoderCard, runtime: Runtime) -> None:
+    """`UsageError` when an encoder of another program is asked to run otherwise than it was made for."""
+    native = native_runtime(card)
+    if runtime.name not in (AUTO, native) or runtime.precision != "fp32":
+        raise UsageError(
+            f"encoder {card.name!r} comes from another program and is run by {native} in fp32, found {runtime}",
+            next_step=f"--runtime {native} --precision fp32",
+        )
+
+
+def _our_encoder(card: EncoderCard, file: Path, device: str, runtime: Runtime) -> Encoder:
+    """A network of ours in a runtime; all but PyTorch in float32 are checked against it on their first batch."""
+    on = choose_device("cpu" if device == "auto" and runtime.name in ("openvino", "onnx") else device)
+    network = our_network(card, file)
+    stride, threads = _own_stride(network), torch.get_num_threads()
+    if runtime.name in (AUTO, "torch"):
+        fast = quick(network) if on.type == "cpu" else network
+        run: Run = TorchRun(fast, on, runtime.precision)
+        if runtime.precision == "fp32":
+            return NetworkEncoder(card, run, stride)
+    elif on.type != "cpu":
+        raise UsageError(
+            f"the runtime {runtime.name} computes on the CPU, found --device {device}",
+            next_step="--device cpu, or --runtime torch",
+        )
+    elif runtime.name == "openvino":
+        need_packages(runtime.name)
+        run = openvino_run(graph_of(card, network), list(card.outputs), runtime.precision, threads)
+    else:
+        need_packages(runtime.name)
+        run = onnx_run(graph_of(card, network), list(card.outputs), threads)
+    # On a GPU `network` is what `run` holds; PyTorch's autocast leaves its weights in float32.
+    return NetworkEncoder(card, Checked(run, TorchRun(network, on), runtime, f"encoder {card.name!r}"), stride)
 
 
 def _files(card: EncoderCard) -> str:

@@ -126,7 +126,7 @@ class Segment:
 
     @property
     def task(self) -> str:
-        """Hash of scan digest, encoder id and grid: a rerun skips what is there."""
+        """Hash of scan digest, encoder id, grid and precision: a rerun skips what is there."""
         return str(self.part["task"])
 
     @property

@@ -58,6 +58,9 @@ class FakeStore:
                 patches=12,
                 recall_at_10=0.99,
                 index_kind="flat",
+                runtime="openvino",
+                precision="fp32",
+                trial_patches_per_s={"torch": 125.0, "openvino": 230.0},
             ),
             "lookup": matches,
             "search_patches": matches,
@@ -152,7 +155,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "index --encoder first --stride 8 --where nx>3 --scheduler processes --device cpu --min-recall 0.9 "
-        "--max-ram 2G",
+        "--max-ram 2G --runtime openvino --precision bf16",
         "index",
         (),
         {
@@ -163,6 +166,8 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "device": "cpu",
             "min_recall": 0.9,
             "max_ram": 2 * 1024**3,
+            "runtime": "openvino",
+            "precision": "bf16",
         },
     ),
     ("query --point -12,-40,88 --scan a", "lookup", (), {**QUERY, "point": (-12.0, -40.0, 88.0), "scan": "a"}),
@@ -419,8 +424,11 @@ class TestBatches:
         store.answers["index"].refused = [REFUSAL]
         assert main(["index", "--report", "r.json"]) == 3
         told = capsys.readouterr().out
-        assert "recall_at_10  0.99" in told
-        assert "refused       1" in told
+        lines = dict(line.split(maxsplit=1) for line in told.splitlines())
+        assert lines["recall_at_10"] == "0.99"
+        assert lines["runtime"] == "openvino"
+        assert lines["trial_patches_per_s"] == "torch=125.00 openvino=230.00"
+        assert lines["refused"] == "1"
         assert json.loads((tmp_path / "r.json").read_text())["encoded"] == ["a"]
 
     def test_refusals_of_added_paths_count_in_index_and_pretrain(self, store: FakeStore, capsys: Any):

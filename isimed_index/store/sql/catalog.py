@@ -153,6 +153,7 @@ def _encoder(snapshot: Snapshot, artefact: Artefact) -> dict[str, Any]:
         "patch_vox": card["patch_vox"],
         "spacing_mm": card["spacing_mm"],
         "metric": card["metric"],
+        "folder": artefact.path,
         "time": ULID.from_str(_ulid(artefact)).datetime.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
     }
 

@@ -138,6 +138,9 @@ def pack(transaction: Transaction, group: Sequence[Segment], progress: Progress)
             progress.advance(1)
     (path / LATTICE).write_text(json.dumps(lattices), encoding="utf-8")
     fields = {"encoder": group[0].encoder, "outputs": dict(outputs), "rows": rows, "parts": parts}
+    ran = [segment.artefact.fields.get("runtime") for segment in group]
+    if ran[0] is not None and all(runtime == ran[0] for runtime in ran):
+        fields["runtime"] = ran[0]
     return transaction.add("segment", path, **fields)
 
 

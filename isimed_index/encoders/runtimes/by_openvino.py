@@ -1,0 +1,71 @@
+"""OpenVINO on a CPU (extra `openvino`); only here is it imported.
+
+What its defaults would do, and why each is set: on machines with AMX or AVX512-BF16 it computes in bfloat16 unless told
+not to; it takes all cores, also of a worker that was given one; it binds threads to cores, the same in every process.
+Its Python package reports every import to its makers, unless their package `openvino_telemetry` cannot be imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.encoders.runtimes.kind import Maps, need_packages
+from isimed_index.encoders.trust import said_by
+from isimed_index.errors import EncoderMismatch
+
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoRun:
+    """A compiled graph with one stream; threads take turns, so that one batch has all of the runtime's cores."""
+
+    def __init__(self, compiled: Any, outputs: Sequence[str]) -> None:
+        self._request = compiled.create_infer_request()
+        self._ports = {name: compiled.output(name) for name in outputs}
+        self._turn = threading.Lock()
+
+    def __call__(self, values: NDArray[np.float32]) -> Maps:
+        """Maps {output: (n, d, i, j, k)} of `values` (n, 1, x, y, z); `EncoderMismatch` when the runtime fails."""
+        with self._turn:
+            try:
+                given = self._request.infer([np.ascontiguousarray(values)], share_inputs=True, share_outputs=False)
+            except RuntimeError as error:
+                raise _failed(f"on values of shape {values.shape}", error) from error
+            return {name: np.asarray(given[port]) for name, port in self._ports.items()}
+
+
+def openvino_run(graph: bytes, outputs: Sequence[str], precision: str, threads: int) -> OpenVinoRun:
+    """An ONNX graph compiled for the CPU; `MissingExtra` without the package, `EncoderMismatch` when it fails."""
+    need_packages("openvino")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+        "EXECUTION_MODE_HINT": "ACCURACY" if precision == "fp32" else "PERFORMANCE",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,
+    }
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model=graph, weights=b""), "CPU", settings)
+        used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    except RuntimeError as error:
+        raise _failed("to compile the graph", error) from error
+    if used != _PRECISIONS[precision]:
+        raise EncoderMismatch(
+            f"the runtime openvino: expected to compute in {precision}, found {used} on this machine",
+            next_step="--precision fp32, or --runtime torch",
+        )
+    return OpenVinoRun(compiled, outputs)
+
+
+def _failed(what: str, error: RuntimeError) -> EncoderMismatch:
+    return EncoderMismatch(f"the runtime openvino fails {what}: {said_by(error)}", next_step="--runtime torch")

@@ -1,0 +1,129 @@
+"""Which runtime is the fastest for an encoder on this machine: a short measured trial, once in a run.
+
+networks of others, GPU, or nothing else installed ─▶ the native one, no trial
+this encoder's scans were encoded by another one   ─▶ that one again
+a job that PyTorch does in a minute                ─▶ PyTorch: to try others would cost more than they save
+else                                               ─▶ the fastest that passes the check, if well ahead of PyTorch
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.encoders.card import EncoderCard, read_card
+from isimed_index.encoders.onnx_model import FACTORY as ONNX
+from isimed_index.encoders.protocol import Encoder, encode_grid
+from isimed_index.encoders.runtime import (
+    NetworkEncoder,
+    choose_device,
+    native_runtime,
+    open_encoder,
+    refuse_other,
+    weights_file,
+)
+from isimed_index.encoders.runtimes.kind import AUTO, PRECISIONS, Runtime, missing_packages
+from isimed_index.encoders.trust import is_ours, said_by
+from isimed_index.grid import PatchGrid
+from isimed_index.scans.prepare import Volume
+
+WORTH_S = 60.0  # a job that PyTorch does sooner is not worth a trial
+FEW = 1000  # patches that PyTorch encodes within that time, whatever the network: not even its pace is measured
+MARGIN = 1.2  # times as fast as PyTorch another one has to be: noise must not decide
+_ROUNDS = 3  # of all in turn; the fastest of each counts, because other programs can only make it slower
+_PATCHES = 16  # that are encoded at once where work is not shared
+_POINTS = 15  # most lattice points along an edge of the volume that is encoded where it is,
+_EDGE = 60  # and most voxels
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The runtime of a run, patches per second of each that was tried, and why others were left aside."""
+
+    runtime: Runtime
+    patches_per_s: Mapping[str, float] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be encoded, and what is known of it beforehand; plain values, so that it travels to any machine."""
+
+    encoder: str  # path of the encoder directory
+    device: str
+    trust: tuple[str, ...]
+    asked: Runtime
+    patches: int  # at most that many will be encoded
+    stride_vox: int
+    before: str | None = None  # runtime that scans of this encoder were encoded by, in this precision
+
+
+def choose(job: Job) -> Choice:
+    """The runtime for a job on this machine: the one that was named, or for `auto` what the rules above say."""
+    card, precision = read_card(Path(job.encoder)), job.asked.precision
+    ours = is_ours(card.factory) and card.factory != ONNX
+    if not ours:
+        refuse_other(card, job.asked)
+    if job.asked.name != AUTO:
+        return Choice(job.asked)
+    native = Runtime(native_runtime(card), precision)
+    if not ours or choose_device(job.device).type != "cpu":
+        return Choice(native)
+    others = [name for name in PRECISIONS[precision] if name != native.name and not missing_packages(name)]
+    if job.before in others:
+        return Choice(Runtime(job.before, precision))
+    if not others or job.patches < FEW:
+        return Choice(native)
+    return _tried(job, card, native, others)
+
+
+def _tried(job: Job, card: EncoderCard, native: Runtime, others: Sequence[str]) -> Choice:
+    def opened(name: str) -> Encoder:
+        file = weights_file(Path(job.encoder), card)
+        return open_encoder(card, file, job.device, job.trust, Runtime(name, native.precision))
+
+    work = {native.name: round_of(opened(native.name), job.stride_vox)}
+    failed = {}
+    work[native.name]()  # the first round is not the pace
+    if job.patches < WORTH_S * work[native.name]():
+        return Choice(native)
+    for name in others:
+        try:
+            work[name] = round_of(opened(name), job.stride_vox)
+            work[name]()  # its first batch: compiled, and checked
+        except Exception as error:  # noqa: BLE001 — whatever is wrong with it, the job can do without
+            failed[name] = said_by(error)
+            work.pop(name, None)
+    rounds = [{name: once() for name, once in work.items()} for _ in range(_ROUNDS)]
+    rates = {name: max(found[name] for found in rounds) for name in work}
+    best = max(rates, key=lambda name: rates[name])
+    ahead = rates[best] >= MARGIN * rates[native.name]
+    return Choice(Runtime(best, native.precision) if ahead else native, rates, failed)
+
+
+def round_of(encoder: Encoder, stride_vox: int) -> Callable[[], float]:
+    """What encodes a little noise as the job will its scans, and says how many patches a second that were."""
+    card, rng = encoder.card, np.random.default_rng(0)
+
+    def noise(*shape: int) -> NDArray[np.float32]:
+        return rng.uniform(card.intensity.low, card.intensity.high, shape).astype(np.float32)
+
+    if isinstance(encoder, NetworkEncoder) and encoder.shares_work(stride_vox):
+        edge = stride_vox * min(_POINTS, max(1, _EDGE // stride_vox))
+        volume = Volume(noise(edge, edge, edge), np.eye(4), card.intensity.low, np.ones((edge,) * 3, bool))
+        grid = PatchGrid((edge, edge, edge), card.patch_vox, stride_vox, volume.affine)
+        numbers = np.arange(len(grid))
+        return lambda: _rate(lambda: encode_grid(encoder, volume, grid, numbers), len(numbers))
+    patches = noise(_PATCHES, card.patch_vox, card.patch_vox, card.patch_vox)
+    return lambda: _rate(lambda: encoder.encode(patches), _PATCHES)
+
+
+def _rate(work: Callable[[], object], patches: int) -> float:
+    began = time.perf_counter()
+    work()
+    return patches / (time.perf_counter() - began)
