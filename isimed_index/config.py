@@ -6,7 +6,9 @@ defaults of the class  ←  preset (a TOML in the package)  ←  its table of th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +51,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("rotation_deg", "scale", "bias", "noise", "shift_vox"), 0)
         _check_least(self, least | {"thickest_vox": 1})
-        for name in _PROBABILITIES:
+        for name in (*_PROBABILITIES, "scale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"expected {name} from 0 to 1, found {getattr(self, name)}")
 
@@ -136,7 +138,8 @@ class PretrainConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        _check_least(self, dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0))
+        least = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0)
+        _check_least(self, least | {"patches_per_scan": 2})  # a distance is between two
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"expected {name} > 0, found {getattr(self, name)}")
@@ -175,8 +178,8 @@ class PretrainConfig:
             raise ConfigError("charts_after needs a position head, which densenet121 has not")
         if not positions:
             raise ConfigError(
-                "charts_after needs a position head, as method isimed has with a coordinate_weight above 0, and method "
-                f"coordinate; found {self.method} with coordinate_weight {self.coordinate_weight}"
+                "charts_after needs a position head: that of method isimed, with a coordinate_weight above 0, or of "
+                f"method coordinate; found {self.method} with coordinate_weight {self.coordinate_weight}"
             )
         if self.charts_after >= self.epochs:
             raise ConfigError(f"expected charts_after below epochs ({self.epochs}), found {self.charts_after}")
@@ -190,7 +193,6 @@ _AT_LEAST_ONE = (
     "descriptor_dim",
     "crops_per_scan",
     "batch_scans",
-    "patches_per_scan",
     "epochs",
 )
 _AT_LEAST_ZERO = (
@@ -236,13 +238,34 @@ def pretrain_config(
     text = files("isimed_index").joinpath("pretrain", "presets", f"{preset}.toml").read_text(encoding="utf-8")
     values = tomllib.loads(text)
     by_method = values.pop("methods", {})
-    asked = _read_toml(file) if file is not None else {}
-    asked = _merged(asked, {key: value for key, value in (overrides or {}).items() if value is not None})
+    from_file = _read_toml(file) if file is not None else {}
+    passed = {key: value for key, value in (overrides or {}).items() if value is not None}
+    asked = _merged(from_file, passed)
     method = asked.get("method", values["method"])
     if isinstance(method, str):  # what is no method's name is refused below, with the names that are
         values = _merged(values, by_method.get(method, {}))
     values = _merged(values, asked)
-    return from_mapping(PretrainConfig, values)
+    try:
+        return from_mapping(PretrainConfig, values)
+    except ConfigError as error:
+        raise _placed(error, file, from_file, passed) from None
+
+
+def _placed(
+    error: ConfigError, file: Path | None, from_file: Mapping[str, Any], passed: Mapping[str, Any]
+) -> ConfigError:
+    """The error with the file that holds the field it names, and with what to do next."""
+    own = _keys(from_file) - set(passed)
+    if file is None or not any(re.search(rf"\b{re.escape(key)}\b", error.message) for key in own):
+        return ConfigError(error.message, next_step=error.next_step or "isimed pretrain --help")
+    explained = f"correct {file.name}; help(isimed_index.config.PretrainConfig) explains the fields"
+    return ConfigError(f"{file.name}: {error.message}", next_step=error.next_step or explained)
+
+
+def _keys(values: Mapping[str, Any]) -> set[str]:
+    """Names of all fields, those of tables too."""
+    inner = [_keys(value) for value in values.values() if isinstance(value, Mapping)]
+    return set(values).union(*inner)
 
 
 Config = TypeVar("Config")
@@ -253,8 +276,10 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
     hints = get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
+        close = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"; did you mean {where}{close[0]}?" if close else ""
         raise ConfigError(
-            f"unknown configuration key {where}{unknown[0]}", next_step=f"known keys: {', '.join(sorted(hints))}"
+            f"unknown configuration key {where}{unknown[0]}{hint}", next_step=f"known keys: {', '.join(sorted(hints))}"
         )
     resolved: dict[str, Any] = {}
     for name, value in values.items():
@@ -277,8 +302,11 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"expected {name} as {hint.__name__}, found {value!r}")
+        raise ConfigError(f"expected {name} as {_SAID[hint]}, found {value!r}")
     return value
+
+
+_SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,7 +320,13 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"expected a TOML file, found the folder {file.name}", next_step=f"give a file, such as {file.name}.toml"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"the configuration file {file.name} cannot be read") from error
+        raise ConfigError(
+            f"the configuration file {file.name} cannot be read: {error.strerror}", next_step="check the path"
+        ) from error
     except ValueError as error:  # malformed TOML, or bytes that are not UTF-8
-        raise ConfigError(f"{file.name} is not TOML: {error}") from error
+        raise ConfigError(f"{file.name} is not TOML: {error}", next_step="write lines such as epochs = 20") from error

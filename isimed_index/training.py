@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 from filelock import Timeout
 
 from isimed_index.config import PretrainConfig
-from isimed_index.encoders.card import EncoderCard
+from isimed_index.encoders.card import LONGEST_NAME, EncoderCard, is_name, read_card
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import StoreLocked, UsageError
+from isimed_index.errors import StoreDamaged, StoreLocked, TrainingWarning, UsageError
+from isimed_index.pretrain import checkpoint
 from isimed_index.pretrain.processes import Processes, joined
 from isimed_index.pretrain.reading import StoredSource, working_voxels
 from isimed_index.pretrain.records import Watchers
+from isimed_index.pretrain.stopping import Stopped
 from isimed_index.pretrain.trainer import Trained, intensity_of, train
 from isimed_index.progress import Progress
 from isimed_index.scans.chunks import StoredScan, open_chunks
@@ -34,6 +37,7 @@ from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal
 
 _LOCK = "run.lock"
+_RUN = "run.json"  # beside an encoder's card: which training it is the result of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,19 @@ class Training:
     resume: bool = False
     watchers: Watchers = field(default_factory=Watchers)
 
+    def __post_init__(self) -> None:
+        if self.name is not None and not is_name(self.name):
+            raise UsageError(
+                f"expected a name of 1 to {LONGEST_NAME} printable characters", next_step="give another --name"
+            )
+
 
 def pretrain(repository: Repository, scans: Sequence[str], training: Training, progress: Progress) -> EncoderCard:
     """Train on `scans` and store the encoder; `training.resume` goes on from the last checkpoint of the same training.
 
     Configuration, voxels and subjects name a training: the same again finds its checkpoints, and is refused while the
     first one runs (`StoreLocked`). Of torchrun's processes the first one speaks and writes, and all return the card.
+    What is resumed and finished already is not done again. An encoder that is stored already keeps its name.
     """
     with joined(training.device) as processes, repository.pin() as head:
         config = training.config
@@ -64,7 +75,12 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
                 "the processes of this training see different scans",
                 next_step="let other work on the store end, and start the training again",
             )
-        with _only_one(run, processes):
+        with _only_one(run, processes), _saying_what_is_kept(run):
+            done = _finished(head, run) if training.resume and processes.first else None
+            if done := processes.from_first(done):
+                if processes.first:
+                    warnings.warn(f"finished already: {done.id} · {done.name}", TrainingWarning, stacklevel=3)
+                return done
             intensity = intensity_of(config)
             trained = train(
                 config,
@@ -108,30 +124,65 @@ def _forget_lock(run: Path) -> None:
         run.rmdir()
 
 
+@contextmanager
+def _saying_what_is_kept(run: Path) -> Iterator[None]:
+    """Ctrl-C that ended no step, before the first one or a second time, says what a resumption would find."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            raise
+        if (run / checkpoint.STATE).exists():
+            raise Stopped(
+                "training stopped at once; its last checkpoint is kept", "run the same command again, with --resume"
+            ) from None
+        raise Stopped(
+            "training stopped before its first checkpoint; nothing is saved yet", "run the same command again"
+        ) from None
+
+
+def _finished(head: Snapshot, run: Path) -> EncoderCard | None:
+    """The stored result of the training whose folder is `run`, unless that training has begun again since."""
+    if (run / checkpoint.BEGUN).exists():
+        return None
+    for artefact in reversed(head.artefacts("encoder")):
+        with suppress(StoreDamaged, OSError, ValueError, KeyError, TypeError):  # of others, which are not asked for
+            directory = head.verified(artefact)
+            if json.loads((directory / _RUN).read_text(encoding="utf-8"))["run"] == run.name:
+                return read_card(directory)
+    return None
+
+
 def _stored_by_first(repository: Repository, trained: Trained, run: Path, processes: Processes) -> EncoderCard:
     card = None
     if processes.first:
-        card = _commit(repository, trained)
+        card = _commit(repository, trained, run.name)
         shutil.rmtree(run)
+        if card.name != trained.card.name:
+            warnings.warn(f"there already: {card.id} · {card.name}", TrainingWarning, stacklevel=4)
     card = processes.from_first(card)
     assert card is not None
     return card
 
 
-def _commit(repository: Repository, trained: Trained) -> EncoderCard:
+def _commit(repository: Repository, trained: Trained, run: str) -> EncoderCard:
+    """Store the encoder; returns its card, with the name of the one that is there where the store has it already."""
     with repository.transaction("pretrain") as transaction:
         directory = transaction.stage("encoder")
         card = write_encoder(directory, trained.card, trained.state)
         shutil.copyfile(trained.metrics, directory / "metrics.jsonl")
+        (directory / _RUN).write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
         artefact = transaction.add("encoder", directory, encoder=card.id)
+        known: list[str] = []
 
         def propose(head: Snapshot) -> Proposal:
             # The same run again gives the same weights, and so the same id: there is nothing to add.
-            there = {known.fields["encoder"] for known in head.artefacts("encoder")}
-            return Proposal(add=[] if card.id in there else [artefact])
+            there = [kept for kept in head.artefacts("encoder") if kept.fields["encoder"] == card.id]
+            known[:] = [str(head.card(kept)["name"]) for kept in there]
+            return Proposal(add=[] if there else [artefact])
 
         transaction.commit(propose)
-    return card
+    return replace(card, name=known[-1]) if known else card
 
 
 def _source(snapshot: Snapshot, row: Mapping[str, Any], spacing_mm: float, intensity: Intensity) -> StoredSource:

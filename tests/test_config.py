@@ -104,6 +104,7 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"steps_per_epoch": -1},
         {"warmup_steps": -1},
         {"seed": -1},
+        {"patches_per_scan": 1},
         {"views_per_crop": 3},
         {"near_crops": 1.5},
         {"border_probability": -0.1},
@@ -142,6 +143,8 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"distance_weight": 0.0, "coordinate_weight": 0.0, "descriptor_weight": 0.0},
         {"augmentation": {"noise": -0.1}},
         {"augmentation": {"rotation_deg": math.inf}},
+        {"augmentation": {"scale": 1.5}},
+        {"augmentation": {"scale": math.nan}},
         {"augmentation": {"shift_vox": -1.0}},
         {"augmentation": {"slices_probability": 1.2}},
         {"augmentation": {"thickest_vox": 0.5}},
@@ -179,3 +182,39 @@ def test_a_missing_file_is_refused_by_its_base_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine\.toml") as refused:
         pretrain_config("default", tmp_path / "mine.toml")
     assert tmp_path.name not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "then"),
+    [
+        ("epochs = 2.5", "mine.toml: expected epochs as a whole number, found 2.5", "mine.toml"),
+        ("epoch = 2", "mine.toml: unknown configuration key epoch; did you mean epochs", "known keys"),
+        (
+            "[augmentation]\nnoize = 0.1",
+            "mine.toml: unknown configuration key augmentation.noize; did you mean augmentation.noise",
+            "known keys",
+        ),
+        ("epochs = 0", "mine.toml: expected epochs ≥ 1, found 0", "mine.toml"),
+        ("patches_per_scan = 1", "mine.toml: expected patches_per_scan ≥ 2, found 1", "mine.toml"),
+        ("[augmentation]\nscale = 2", "mine.toml: expected scale from 0 to 1, found 2.0", "mine.toml"),
+    ],
+)
+def test_an_error_names_the_file_that_it_came_from(tmp_path: Path, text: str, says: str, then: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        pretrain_config("default", toml(tmp_path, text))
+    assert str(refused.value) == says or str(refused.value).startswith(f"{says}?")
+    assert then in refused.value.next_step
+
+
+def test_an_error_in_what_was_passed_does_not_blame_the_file(tmp_path: Path) -> None:
+    for file in (None, toml(tmp_path, "width = 5\nepochs = 3\n")):
+        with pytest.raises(ConfigError) as refused:
+            pretrain_config("default", file, {"epochs": 0})
+        assert str(refused.value) == "expected epochs ≥ 1, found 0"
+        assert refused.value.next_step == "isimed pretrain --help"
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a TOML file, found the folder") as refused:
+        pretrain_config("default", tmp_path)
+    assert refused.value.next_step

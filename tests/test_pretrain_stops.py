@@ -19,6 +19,7 @@ from cohorts import tiny_scan
 from safetensors import SafetensorError, safe_open
 
 import isimed_index as isi
+from isimed_cli.main import main
 from isimed_index import training
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.runtime import write_encoder
@@ -36,6 +37,7 @@ patches_per_scan = 8
 batch_scans = 2
 steps_per_epoch = {STEPS // 2}
 precision = "float32"
+warmup_steps = 2
 ema = 0.9
 validation_share = 0.4
 """
@@ -56,6 +58,23 @@ class Killed(Notes):
     def start(self, task: str, total: int | None, unit: str) -> None:
         super().start(task, total, unit)
         raise KeyboardInterrupt
+
+
+class Interrupted(Notes):
+    """Ctrl-C while the first batch is waited for, or when `steps` were taken."""
+
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        super().start(task, total, unit)
+        if not self.steps:
+            raise KeyboardInterrupt
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.steps -= n
+        if not self.steps:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +223,77 @@ def test_a_training_that_is_stopped_while_its_encoder_is_stored_only_stores_it_a
     assert notes.left == 0
     assert not list(store.glob("tmp/pretrain-*"))
     assert not list(store.glob("**/half.safetensors"))
+
+
+def test_a_training_that_is_finished_is_not_done_again_when_it_is_resumed(tmp_path: Path, scans: Path) -> None:
+    """As a cluster job that always says --resume; of other scans or options nothing is claimed."""
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=1)
+    done = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="first")
+    notes = Notes()
+    with pytest.warns(TrainingWarning, match=f"finished already: {done.id} · first"):
+        again = isi.open(store).pretrain(
+            preset="tiny", config=config, device="cpu", name="second", resume=True, progress=notes
+        )
+    assert (again, notes.left) == (done, -1)
+    assert not list(store.glob("tmp/pretrain-*"))
+    assert isi.check(store, read=1.0) == []
+    for other in ({"seed": 1}, {"where": "scan <> 's0'"}):
+        with pytest.raises(UsageError, match="no checkpoint"):
+            isi.open(store).pretrain(preset="tiny", config=config, device="cpu", resume=True, **other)
+    isi.open(store).delete_encoder(done.id)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        pretrain(store, config, resume=True)
+
+
+@pytest.mark.filterwarnings("default::isimed_index.errors.TrainingWarning")  # printed, and not raised
+def test_the_same_result_keeps_the_name_that_it_has(
+    tmp_path: Path, scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=1)
+    done = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="first")
+    with pytest.warns(TrainingWarning, match=f"there already: {done.id} · first"):
+        again = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="second")
+    assert (again.id, again.name) == (done.id, "first")
+    assert isi.open(store).encoders()["name"].to_pylist() == ["first"]
+    asked = ["pretrain", "-s", str(store), "--preset", "tiny", "--config", str(config), "--device", "cpu", "-q"]
+    assert main([*asked, "--resume", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"encoder": done.id, "name": "first"}
+    assert f"finished already: {done.id} · first" in said.err
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 201, 3])
+def test_a_name_is_checked_before_the_first_step(tmp_path: Path, scans: Path, name: Any) -> None:
+    notes = Notes()
+    with pytest.raises(UsageError, match="name of 1 to 200 printable characters") as refused:
+        isi.open(scans).pretrain(preset="tiny", config=options(tmp_path, 5.0), name=name, progress=notes)
+    assert refused.value.next_step
+    assert notes.left == -1
+
+
+@pytest.mark.parametrize(
+    ("steps", "says", "then"),
+    [
+        (0, "training stopped before its first checkpoint; nothing is saved yet", "run the same command again"),
+        (3, "training stopped at once; its last checkpoint is kept", "with --resume"),
+    ],
+)
+def test_a_stop_says_what_was_saved(tmp_path: Path, scans: Path, steps: int, says: str, then: str) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 0.0)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        pretrain(store, config, progress=Interrupted(steps))
+    assert str(stopped.value) == says
+    assert then in stopped.value.next_step  # type: ignore[attr-defined]
+
+
+def test_a_configuration_is_a_file(scans: Path) -> None:
+    with pytest.raises(UsageError, match="expected a path, found dict") as refused:
+        isi.open(scans).pretrain(config={"epochs": 1})  # type: ignore[arg-type]
+    assert "TOML file" in refused.value.next_step
+
+
+def test_a_run_that_is_shorter_than_its_warm_up_says_so(tmp_path: Path, scans: Path) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=1)
+    config.write_text(config.read_text().replace("warmup_steps = 2", "warmup_steps = 11"))
+    with pytest.warns(TrainingWarning, match=r"10 steps .* warmup_steps \(11\); set warmup_steps = 1"):
+        pretrain(store, config)

@@ -312,8 +312,9 @@ def _run(function: Callable[..., None], shared: dict[str, Any], own: dict[str, A
     except IsimedError as error:
         _fail(session, error.line(), error.exit_code)
     except KeyboardInterrupt as stop:
-        again = "run the same command again (pretrain: with --resume)"
-        line = f"error[interrupted]: {stop or 'stopped before the end; what was committed stays'}. Next: {again}"
+        again = getattr(stop, "next_step", "run the same command again (pretrain: with --resume)")
+        what = str(stop) or f"{function.__name__.rstrip('_')} was stopped before its end; what was committed stays"
+        line = f"error[interrupted]: {what}. Next: {again}"
         _fail(session, line, INTERRUPTED)
     except BrokenPipeError:
         raise typer.Exit(0) from None  # the reader left (`| head`): it has what it wanted

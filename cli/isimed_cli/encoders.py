@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,10 +28,33 @@ def show(session: Session, encoder: NAMED = None) -> None:
     """Show the whole card of an encoder.
 
     The card says all that changes an embedding, and how the encoder was trained; its id is the hash of the former.
+    As a table, the encoder's folder within the store is told, too.
     """
     from isimed_cli.render import show_fields
 
-    show_fields(session.open().encoder(encoder).to_json(), session.format)
+    store = session.open()
+    card = store.encoder(encoder)
+    rows = store.encoders().to_pylist()
+    namesakes = [row for row in rows if row["name"] == encoder]
+    if len(namesakes) > 1 and encoder != card.id:
+        session.note(f"{len(namesakes)} encoders are called {encoder!r}; this is the newest, {card.id}")
+    fields = card.to_json()
+    if session.format is not Format.TABLE:
+        show_fields(fields, session.format)
+        return
+    training = fields.pop("training")
+    fields |= {"folder": next((row["folder"] for row in rows if row["encoder"] == card.id), None)}
+    show_fields(fields, session.format)
+    show_fields(dict(_line_by_line("training", training)), session.format)  # its long names in a column of their own
+
+
+def _line_by_line(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values of nested fields under dotted names."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _line_by_line(f"{name}.{key}", inner)
 
 
 @command("encoders export", example="isimed encoders export isimed-tiny --out tiny-encoder", rows=True)

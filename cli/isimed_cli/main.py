@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
+        if argv is None:  # this process ends here: another Ctrl-C ends it at once, not in the midst of its clearing up
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         _flush()
     return int(code or 0)
 

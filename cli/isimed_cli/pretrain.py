@@ -13,6 +13,7 @@ import typer
 from isimed_cli.app import INTERRUPTED, Format, Session, command
 from isimed_cli.options import DeviceOption, PathsOption, WhereOption
 from isimed_index.errors import UsageError
+from isimed_index.pretrain.stopping import Stopped
 
 
 class Method(StrEnum):
@@ -101,10 +102,13 @@ def pretrain(
             print(card.id)
         else:
             show_fields({"encoder": card.id, "name": card.name}, session.format)
-    except KeyboardInterrupt:
-        if first:
+    except KeyboardInterrupt as stop:
+        if not first:
+            raise typer.Exit(INTERRUPTED) from None
+        if str(stop):
             raise
-        raise typer.Exit(INTERRUPTED) from None
+        saved = "its checkpoint is kept" if resume else "nothing is saved yet"
+        raise Stopped(f"training stopped before its first step; {saved}", "run the same command again") from None
     finally:
         list_refusals(refused)
     end_batch(1, refused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from isimed_index.contracts import Metric as Metric
-from isimed_index.contracts import validate
+from isimed_index.contracts import schema, validate
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
 from isimed_index.scans.prepare import Intensity
 
 CARD = "card.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
+LONGEST_NAME = 200  # characters
 AXES = "RAS"  # of stored volumes, and so of the patches that an encoder is shown
 Pool = Literal["mean", "centre"]
 
@@ -147,6 +149,38 @@ class EncoderCard:
 def _pair(letter: str) -> str:
     """The two ends of the axis that a letter names one of; the letter itself when it names none."""
     return next((ends for ends in ("RL", "AP", "IS") if letter in ends), letter)
+
+
+def is_name(name: object) -> bool:
+    """Whether an encoder may be called so: a text that can be shown, without control characters."""
+    return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
+
+
+def refuse_unknown_fields(fields: Mapping[str, Any], file: str, next_step: str) -> None:
+    """Raise `EncoderMismatch` for a field that no card has, before it is silently left out.
+
+    For cards that come from elsewhere. Those of a store are told by their hash, which covers what this version knows.
+    """
+    known = list(schema("card")["properties"])
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise EncoderMismatch(f"{file}: unknown field {name[:LONGEST_NAME]!r}{hint}", next_step=next_step)
+
+
+def refuse_odd_position(card: EncoderCard) -> None:
+    """Raise `EncoderMismatch` where `position` is not a point in mm, or is what neighbours are searched in."""
+    if card.outputs.get("position", 3) != 3:
+        raise EncoderMismatch(
+            f"expected 3 dimensions of the output 'position', which is millimetres, found {card.outputs['position']}",
+            next_step="give the output another name on the card and in the network",
+        )
+    if card.match_output == "position":
+        raise EncoderMismatch(
+            "expected match_output to be an output of vectors, found 'position', which is millimetres",
+            next_step="give the output another name on the card and in the network, or name another match_output",
+        )
 
 
 def parse_fields(text: str) -> Any:

@@ -132,7 +132,7 @@ def _check_input(session: Any, card: EncoderCard, whose: str) -> None:
 def _providers(runtime: ModuleType, device: str) -> list[str]:
     there = runtime.get_available_providers()
     if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"expected device auto, cpu or cuda, found {device!r}")
+        raise UsageError(f"expected device auto, cpu or cuda, found {device!r}", next_step="for a GPU, --device cuda")
     if device == "cuda" and "CUDAExecutionProvider" not in there:
         raise UsageError("this onnxruntime has no CUDA", next_step="use --device cpu, or install onnxruntime-gpu")
     wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device != "cpu" else ["CPUExecutionProvider"]

@@ -41,9 +41,15 @@ def halved(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float16]:
     """Vectors (n, d) in the 16 bits in which they are stored; `EncoderMismatch` when these cannot hold them.
 
     Below the smallest normal number of float16 vectors would lose their digits and then become zeros, which are all as
-    near to each other. What is not finite passes: it is refused where it is written.
+    near to each other; so are vectors that are all zeros from the start. One vector of zeros among others passes, and
+    so does what is not finite: it is refused where it is written.
     """
     largest, half = float(np.abs(vectors).max(initial=0)), np.finfo(np.float16)
+    if vectors.size and largest == 0:
+        raise EncoderMismatch(
+            f"output {name!r} is zero for every patch: no place can be told from another",
+            next_step="check the weights, and that the intensity scaling on the card is the network's",
+        )
     if float(half.max) < largest < np.inf or 0 < largest < float(half.smallest_normal):
         raise EncoderMismatch(
             f"output {name!r}: its numbers, up to {largest:.3g}, are too {'large' if largest > 1 else 'small'} to be "

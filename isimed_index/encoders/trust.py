@@ -10,6 +10,7 @@ lends it only to callables of its own: what it merely imported, such as `system`
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -65,13 +66,7 @@ def trusted_factory(factory: str, trust: Sequence[str]) -> Callable[..., Any]:
             f"the encoder runs {factory}, code outside of isimed-index that nobody here said to trust",
             next_step=f"if you know that code: --trust {factory}, or {VARIABLE}={factory}",
         )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs their code, which may fail in any way
-        raise EncoderMismatch(
-            f"the factory {factory} cannot be imported ({type(error).__name__}: {said_by(error)})",
-            next_step="install the package that has it",
-        ) from error
+    found = _imported(module, name)
     home = str(getattr(found, "__module__", None))
     if not callable(found) or (factory not in trust and not _covered(home, trust)):
         raise EncoderNotTrusted(
@@ -79,6 +74,37 @@ def trusted_factory(factory: str, trust: Sequence[str]) -> Callable[..., Any]:
             next_step=f"if you know it: --trust {factory}",
         )
     return found  # type: ignore[no-any-return]
+
+
+def _imported(module: str, name: str) -> Any:
+    """What a module has under that name; `EncoderMismatch` says which of the two is missing, or why it fails."""
+    try:
+        there = importlib.import_module(module)
+        if not hasattr(there, name):
+            close = difflib.get_close_matches(name, dir(there), n=1)
+            raise EncoderMismatch(
+                f"the module {module} has no {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
+                next_step="correct `factory` on the card: package.module:callable",
+            )
+        return getattr(there, name)
+    except EncoderMismatch:
+        raise
+    except ModuleNotFoundError as error:
+        lacking = error.name or "that it imports"
+        if module == lacking or module.startswith(f"{lacking}."):
+            raise EncoderMismatch(
+                f"there is no module {lacking}, which the factory {module}:{name} is in",
+                next_step="install its package, or name the folder that it lies in: export PYTHONPATH=FOLDER",
+            ) from error
+        raise EncoderMismatch(
+            f"{module} needs the module {lacking}, which is not installed",
+            next_step=f"install {lacking.split('.')[0]}, or name its folder in PYTHONPATH",
+        ) from error
+    except Exception as error:  # importing runs their code, which may fail in any way
+        raise EncoderMismatch(
+            f"the factory {module}:{name} cannot be imported ({type(error).__name__}: {said_by(error)})",
+            next_step=f"mend what `python -c 'import {module}'` shows",
+        ) from error
 
 
 def said_by(error: Exception) -> str:

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from isimed_index.encoders.card import CARD, MODEL, WEIGHTS, EncoderCard, parse_fields
+from isimed_index.encoders.card import (
+    CARD,
+    LONGEST_NAME,
+    MODEL,
+    WEIGHTS,
+    EncoderCard,
+    is_name,
+    parse_fields,
+    refuse_odd_position,
+    refuse_unknown_fields,
+)
 from isimed_index.encoders.protocol import halved
 from isimed_index.errors import EncoderMismatch, NotFound, StoreDamaged, UsageError
 from isimed_index.exchange.folder import becoming
@@ -31,7 +41,6 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SAFETENSORS = "load it where it was made, and save its state_dict by safetensors.torch.save_file"
 _LARGEST_PATCH = 256  # voxels an edge; one such patch has 64 MiB
 _LARGEST_CARD = 1 << 20  # bytes
-_LONGEST_NAME = 200  # characters
 _SAME = 1e-3  # of the largest number in a vector: what rounding may change with the batch
 _AGAIN = "copy the folder again, or export it again"
 
@@ -87,15 +96,16 @@ def import_encoder(
     """
     card, file = _in_folder(source) if card_file is None else _described(card_file, source)
     if name is not None:
-        if not _is_name(name):
+        if not is_name(name):
             raise UsageError(
-                f"expected a name of 1 to {_LONGEST_NAME} printable characters", next_step="give another --name"
+                f"expected a name of 1 to {LONGEST_NAME} printable characters", next_step="give another --name"
             )
         card = replace(card, name=name)
-    elif not _is_name(card.name):
+    elif not is_name(card.name):
         raise EncoderMismatch(
-            f"expected a card with a name of 1 to {_LONGEST_NAME} printable characters", next_step="give a --name"
+            f"expected a card with a name of 1 to {LONGEST_NAME} printable characters", next_step="give a --name"
         )
+    refuse_odd_position(card)
     _try_out(card, file, trust)
     with repository.transaction("import") as transaction:
         directory = transaction.stage("encoder")
@@ -114,11 +124,6 @@ def import_encoder(
     return KeptEncoder(card.id, known[-1] if known else card.name, not known, now.generation)
 
 
-def _is_name(name: str) -> bool:
-    """Whether a name can be shown: without control characters, which a terminal would obey."""
-    return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
-
-
 def _in_folder(folder: Path) -> tuple[EncoderCard, Path]:
     """The card of a folder, and the file that belongs to it."""
     if not folder.is_dir():
@@ -131,7 +136,9 @@ def _in_folder(folder: Path) -> tuple[EncoderCard, Path]:
         _refuse_pickle(file)
     if not (folder / CARD).is_file():
         raise EncoderMismatch(f"{folder.name} holds no {CARD}, so it is no encoder", next_step=_AGAIN)
-    card = _card_of(folder / CARD)
+    fields = _fields(folder / CARD)
+    refuse_unknown_fields(fields, CARD, "use the version of isimed-index that exported it, or a newer one")
+    card = _checked(fields)
     file = folder / (WEIGHTS if card.model_sha256 is None else MODEL)
     if card.weights_sha256 is None and card.model_sha256 is None:
         raise EncoderMismatch(
@@ -146,11 +153,17 @@ def _in_folder(folder: Path) -> tuple[EncoderCard, Path]:
 def _described(card_file: Path, file: Path) -> tuple[EncoderCard, Path]:
     """A card that somebody wrote, with the hash of the file that goes with it."""
     _refuse_pickle(file)
+    if file.is_dir():
+        raise UsageError(
+            f"expected a file .safetensors or .onnx beside the card, found the folder {file.name}",
+            next_step="leave out --card: the folder has its own" if holds_encoder(file) else "name one of its files",
+        )
     if not file.is_file() or file.suffix not in (".safetensors", ".onnx"):
         raise UsageError(
             f"expected a file .safetensors or .onnx beside the card, found {file.name}", next_step=_SAFETENSORS
         )
     fields = _fields(card_file)
+    refuse_unknown_fields(fields, card_file.name, "correct the card: docs/how-to/encoders.md lists its fields")
     sha256 = file_digest(file)[1]
     hashes = {"weights_sha256": sha256} if file.suffix == ".safetensors" else {"model_sha256": sha256}
     for key in ("weights_sha256", "model_sha256"):
@@ -176,8 +189,12 @@ def _described(card_file: Path, file: Path) -> tuple[EncoderCard, Path]:
 
 
 def _card_of(file: Path) -> EncoderCard:
+    return _checked(_fields(file))
+
+
+def _checked(fields: Mapping[str, Any]) -> EncoderCard:
     try:
-        return EncoderCard.from_json(_fields(file))
+        return EncoderCard.from_json(fields)
     except EncoderMismatch as error:
         raise EncoderMismatch(error.message, next_step=error.next_step or _AGAIN) from error
 

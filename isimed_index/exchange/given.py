@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isimed_index.encoders.card import EncoderCard
+from isimed_index.encoders.card import EncoderCard, refuse_odd_position, refuse_unknown_fields
 from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.exchange.columns import vectors_of
 from isimed_index.scans.prepare import Intensity
@@ -52,6 +52,7 @@ def foreign_card(file: Path) -> EncoderCard:
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UsageError(f"{file.name} is not a JSON object", next_step="give an encoder card") from None
+    refuse_unknown_fields(fields, file.name, "correct the card, or leave the field out")
     if fields.get("factory", FACTORY) != FACTORY or fields.get("weights_sha256") is not None:
         raise EncoderMismatch(
             f"{file.name}: expected factory {FACTORY!r} and no weights, found an encoder that runs here",
@@ -64,6 +65,7 @@ def foreign_card(file: Path) -> EncoderCard:
         raise EncoderMismatch(f"{file.name}: {error.message}", next_step="complete the card") from None
     if fields.get("id", card.id) != card.id:
         raise EncoderMismatch(f"{file.name} says id {fields['id']}, its content hashes to {card.id}", next_step=_ID)
+    refuse_odd_position(card)
     return card
 
 

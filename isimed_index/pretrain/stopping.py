@@ -11,6 +11,14 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C with what was kept, and how to go on."""
+
+    def __init__(self, message: str, next_step: str) -> None:
+        super().__init__(message)
+        self.next_step = next_step
+
+
 @contextmanager
 def asked_to_stop(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Inside, a signal is remembered instead of raised; the value says whether one came.

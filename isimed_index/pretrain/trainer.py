@@ -104,6 +104,8 @@ def train(
         on = torch.device("cuda", processes.local)
     card = new_card(config, name, preset)
     cohort, held_out = _cohorts(config, sources, subjects, processes)
+    if processes.first:
+        _warn_of_warm_up(config, config.epochs * epoch_steps(config, len(cohort)))
     with ExitStack() as stack:
         # The caller's random numbers stay what they were.
         stack.enter_context(torch.random.fork_rng(devices=[on] if on.type == "cuda" else []))
@@ -152,6 +154,16 @@ def _cohorts(
         Cohort([sources[row] for row in chosen], int(budget * len(chosen) / len(sources))),
         Cohort([sources[row] for row in held], int(budget * len(held) / len(sources))),
     )
+
+
+def _warn_of_warm_up(config: PretrainConfig, steps: int) -> None:
+    if steps < config.warmup_steps:
+        warnings.warn(
+            f"the training has {steps} steps in all, fewer than its warmup_steps ({config.warmup_steps}); set "
+            f"warmup_steps = {steps // 10}, or the learning rate never gets where it should",
+            TrainingWarning,
+            stacklevel=3,
+        )
 
 
 def _begin(state: State, directory: Path, config: PretrainConfig, processes: Processes, *, resume: bool) -> str:

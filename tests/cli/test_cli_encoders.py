@@ -44,6 +44,42 @@ def test_show_gives_the_whole_card(store: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error[not_found]: no encoder 'third'")
 
 
+def test_the_folder_of_an_encoder_is_told(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encoders", "list", "--json"]) == 0
+    folders = [row["folder"] for row in json.loads(capsys.readouterr().out)]
+    assert [json.loads(Path("cohort.isimed", folder, "card.json").read_text())["name"] for folder in folders] == [
+        "first",
+        "second",
+    ]
+    assert main(["encoders", "show", "first"]) == 0
+    assert re.search(rf"^folder +{folders[0]}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_show_gives_a_training_key_by_key(
+    store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isimed_index.config import pretrain_config
+    from isimed_index.pretrain.trainer import new_card
+
+    monkeypatch.setattr(isi.Store, "encoder", lambda *_: new_card(pretrain_config("tiny"), "tiny", "tiny"))
+    assert main(["encoders", "show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"training.preset tiny", "training.epochs 12", "training.augmentation.noise 0.05"} <= {
+        " ".join(line.split()) for line in lines
+    }
+    assert max(map(len, lines)) < 120
+
+
+def test_show_says_which_of_several_it_took(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    again = add_random_encoder(Path("cohort.isimed"), name="second", seed=2)
+    assert main(["encoders", "show", "second"]) == 0
+    said = capsys.readouterr()
+    assert re.search(rf"^id +{again}$", said.out, re.MULTILINE)
+    assert said.err == f"2 encoders are called 'second'; this is the newest, {again}\n"
+    assert main(["encoders", "show", store]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_there_and_back(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encoders", "export", "second", "--out", "travels"]) == 0
     assert capsys.readouterr().out == f"exported encoder {store} · second to travels\n"

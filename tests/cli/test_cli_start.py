@@ -44,6 +44,37 @@ def test_signals_end_with_130_and_one_line(number: signal.Signals):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_stop_says_what_was_stopped():
+    done = python(
+        "import os, signal, sys, isimed_index\n"
+        "from types import SimpleNamespace\n"
+        "from isimed_cli.main import main\n"
+        "def stop(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
+        "isimed_index.open = lambda *_, **__: SimpleNamespace(pretrain=stop, info=stop)\n"
+        "main(['info']), main(['pretrain']), main(['pretrain', '--resume'])"
+    )
+    info, begun, resumed = done.stderr.splitlines()
+    assert info.startswith("error[interrupted]: info was stopped before its end; what was committed stays. Next: ")
+    begins = "error[interrupted]: training stopped before its first step; "
+    assert begun == f"{begins}nothing is saved yet. Next: run the same command again"
+    assert resumed == f"{begins}its checkpoint is kept. Next: run the same command again"
+
+
+def test_a_second_stop_while_the_process_ends_shows_no_traceback():
+    done = python(
+        "import atexit, os, signal, sys, isimed_index\n"
+        "from isimed_cli.main import main\n"
+        "def stop(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
+        "isimed_index.open = stop\n"
+        "atexit.register(stop)\n"
+        "sys.argv = ['isimed', 'info']\n"
+        "sys.exit(main())"
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.startswith("error[interrupted]: info was stopped")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_closed_pipe_is_silent(tmp_path: Path):
     script = tmp_path / "rows.py"
     script.write_text(

@@ -36,6 +36,9 @@ def build(width):
 def batch_statistics(width):
     return build(width).append(Whitened())
 
+def dead(width):
+    return build(width).append(Scaled(0.0))
+
 def scaled(width, gain):
     return build(width).append(Scaled(gain))
 
@@ -331,7 +334,19 @@ def test_an_encoder_of_another_program_comes_in_by_a_card(tmp_path: Path, nets: 
         ({"factory": "goods_nets:stateful"}, "other things than tensors"),
         ({"factory": "goods_nets:scaled", "network": {"width": 6, "gain": 1e-9}}, "too small .* 16 bits"),
         ({"factory": "goods_nets:scaled", "network": {"width": 6, "gain": 1e9}}, "too large .* 16 bits"),
+        ({"factory": "goods_nets:dead"}, "'descriptor' is zero for every patch"),
         ({"factory": "goods_nets:nothing"}, "nothing"),
+        ({"axis": "SPL"}, "unknown field 'axis'; did you mean 'axes'"),
+        ({"stride_voxels": 4}, "unknown field 'stride_voxels'; did you mean 'stride_vox'"),
+        ({"colour": "red"}, "unknown field 'colour'$"),
+        (
+            {"outputs": {"descriptor": {"dim": 24}, "position": {"dim": 2}}},
+            "expected 3 dimensions of the output 'position', .* found 2",
+        ),
+        (
+            {"outputs": {"position": {"dim": 3}}, "match_output": "position"},
+            "expected match_output to be an output of vectors, found 'position'",
+        ),
         ({"factory": "goods_nets"}, "package.module:callable"),
         ({"patch_vox": 40}, "map of 4×4×4"),
         ({"patch_vox": 4}, "fails on patches of 4³"),
@@ -340,6 +355,22 @@ def test_an_encoder_of_another_program_comes_in_by_a_card(tmp_path: Path, nets: 
 def test_a_card_that_does_not_fit_is_refused(tmp_path: Path, nets: Any, change: dict[str, Any], says: str) -> None:
     weights, card = written(tmp_path, nets, **change)
     refused(isi.create(tmp_path / "s", trust="goods_nets"), EncoderMismatch, says, weights, card=card)
+
+
+def test_a_card_of_a_newer_version_is_refused_where_it_comes_in_and_says_why(tmp_path: Path, exported: Path) -> None:
+    (exported / CARD).write_text(json.dumps({**json.loads((exported / CARD).read_text()), "rotation": "z"}))
+    refused(isi.create(tmp_path / "s"), EncoderMismatch, "card.json: unknown field 'rotation'", exported)
+    assert load_encoder(exported, "cpu").card.name == "random"  # what a store holds is told by its hash alone
+
+
+def test_a_folder_in_place_of_weights_needs_no_card(tmp_path: Path, exported: Path, nets: Any) -> None:
+    _, card = written(tmp_path, nets)
+    (tmp_path / "empty").mkdir()
+    store = isi.create(tmp_path / "s")
+    for folder, says in ((exported, "leave out --card"), (tmp_path / "empty", "one of its files")):
+        with pytest.raises(UsageError, match=f"found the folder {folder.name}") as raised:
+            store.import_encoder(folder, card=card)
+        assert says in raised.value.next_step
 
 
 def test_without_trust_their_code_is_not_imported(

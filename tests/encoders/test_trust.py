@@ -82,6 +82,26 @@ def test_what_cannot_be_imported_is_a_typed_error(theirs: str, factory: str, say
 
 
 @pytest.mark.parametrize(
+    ("factory", "says", "then"),
+    [
+        ("their_lab.nowhere:build", r"there is no module their_lab\.nowhere", "PYTHONPATH"),
+        ("elsewhere:build", "there is no module elsewhere", "PYTHONPATH"),
+        (
+            "their_lab.nets:bulid",
+            r"the module their_lab\.nets has no 'bulid'; did you mean 'build'",
+            "correct `factory`",
+        ),
+        ("their_lab.needy:build", "their_lab.needy needs the module absent_package", "install absent_package"),
+    ],
+)
+def test_what_is_missing_says_what_to_do(theirs: str, factory: str, says: str, then: str) -> None:
+    Path(theirs).with_name("their_lab").joinpath("needy.py").write_text("import absent_package.layers\n")
+    with pytest.raises(EncoderMismatch, match=says) as raised:
+        trusted_factory(factory, ["their_lab", "elsewhere"])
+    assert then in raised.value.next_step
+
+
+@pytest.mark.parametrize(
     "factory",
     ["their_lab", "their_lab.nets", ":build", "their_lab:", "../x:build", "a b:c", "a:b.c", "a:b:c", "a..b:c"],
 )

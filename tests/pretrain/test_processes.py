@@ -27,6 +27,7 @@ batch_scans = 2
 epochs = 2
 steps_per_epoch = 2
 precision = "float32"
+warmup_steps = 2
 validation_share = 0.3
 """
 
