@@ -11,10 +11,23 @@ from scipy.ndimage import gaussian_filter
 
 from isimed_index.config import Augmentation, PretrainConfig
 from isimed_index.pretrain.sampler import Source
+from isimed_index.progress import Silent
 from isimed_index.scans.prepare import Volume
 
 STILL = Augmentation(rotation_deg=0.0, scale=0.0, curve_probability=0.0, bias=0.0, noise=0.0)
 OBLIQUE = np.array([[1.8, -0.3, 0.1, -40.0], [0.4, 1.9, -0.2, 12.0], [0.0, 0.3, 2.1, 7.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+class Interrupt(Silent):
+    """A progress display whose user presses Ctrl-C at the n-th step."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.left -= n
+        if self.left <= 0:
+            raise KeyboardInterrupt
 
 
 def config(**changes: Any) -> PretrainConfig:

@@ -47,7 +47,7 @@ QUESTIONS = (
     "SELECT * FROM subjects ORDER BY subject",
     "SELECT * FROM labels ORDER BY scan, label",
     PATCHES,
-    "SELECT * EXCLUDE (time) FROM encoders ORDER BY encoder",
+    "SELECT * EXCLUDE (time, folder) FROM encoders ORDER BY encoder",
     "SELECT scan, encoder, rows, grid FROM segments ORDER BY encoder, scan",
 )
 
@@ -598,7 +598,7 @@ def test_their_voxels_are_not_found_and_never_zeros(without_voxels: Store):
     assert stored.labels() is None
     assert stored.label_at((1, 1, 1)) is None
     with pytest.raises(NotFound, match="voxels of scan"):
-        without_voxels.pretrain(preset="tiny", epochs=1)
+        without_voxels.pretrain(preset="tiny")
     report = without_voxels.index(stride_mm=8.0)
     assert {refusal.kind for refusal in report.refused} == {"not_found"}
     assert not report.encoded

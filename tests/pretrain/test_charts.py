@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pretraining import STILL, config, sources
+from pretraining import STILL, Interrupt, config, sources
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
@@ -28,7 +28,6 @@ from isimed_index.pretrain.sampler import Batch, Cohort, draw, scans_of
 from isimed_index.pretrain.state import State
 from isimed_index.pretrain.trainer import Trained, train
 from isimed_index.pretrain.validation import Best, Validation, split
-from isimed_index.progress import Silent
 from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
 from isimed_index.testing.templates import ellipsoid_head
@@ -238,18 +237,6 @@ def test_the_places_of_a_loss_are_canonical_ones(pairs: Any) -> None:
 
 
 # -- training -------------------------------------------------------------------------------------------------------
-
-
-class Interrupt(Silent):
-    """A progress display whose user presses Ctrl-C at the n-th step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self.left -= n
-        if self.left <= 0:
-            raise KeyboardInterrupt
 
 
 def run(directory: Path, setup: PretrainConfig, **options: Any) -> Trained:

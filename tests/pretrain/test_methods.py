@@ -203,7 +203,7 @@ def test_simclr_finds_the_place_in_the_other_view(geometry: Geometry) -> None:
     assert loss(right) < 0.5 * loss(swapped(right))
 
 
-@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("most", [2, 3])
 def test_at_most_patches_per_scan_pairs_of_each_scan_are_compared(geometry: Geometry, most: int) -> None:
     """With constant embeddings, simclr's loss is the logarithm of how many views each is compared with."""
     setup, batch, shown = geometry

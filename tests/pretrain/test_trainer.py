@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretraining import config, sources
+from pretraining import Interrupt, config, sources
 
 from isimed_cli.app import Session, _messages
 from isimed_index.config import PretrainConfig, pretrain_config
@@ -57,18 +57,6 @@ def entries(trained: Trained) -> list[dict[str, Any]]:
     lines = trained.metrics.read_text().splitlines()
     read = [json.loads(line, parse_constant=refuse) for line in lines]
     return [{key: value for key, value in entry.items() if key != "patches_per_s"} for entry in read]
-
-
-class Interrupt(Silent):
-    """A progress display whose user presses Ctrl-C at the n-th step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self.left -= n
-        if self.left <= 0:
-            raise KeyboardInterrupt
 
 
 class Signalled(Silent):
