@@ -10,10 +10,10 @@ demo: $(VENV)/.demo
 	$(BIN)/isimed demo --out demo-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 --cov --cov-report=term
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

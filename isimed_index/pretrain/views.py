@@ -13,6 +13,8 @@ that says where in the patient each of its voxels lies. No view is ever mirrored
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,20 +116,19 @@ def _sampled(block: torch.Tensor, box: Box, to_volume: Affine, side: int, backgr
     skew = turn[rows, along] / turn[across, along]  # how far a line moves within a plane from one plane to the next
     within = turn[np.ix_(rows, columns)] - np.outer(skew, turn[across, columns])
     steps, numbers = np.arange(side), np.arange(block.shape[across])
-    size = [block.shape[axis] for axis in rows]
-    at = [  # (planes, side, side) each: where the lines (u, v) cross every plane
-        _plane(origin[row] - slant * origin[across], by, steps, size[n])[None]
-        + torch.tensor(slant * numbers * 2 / size[n], dtype=torch.float32)[:, None, None]
-        for n, (row, slant, by) in enumerate(zip(rows, skew, within, strict=True))
-    ]
+    crossing = torch.empty(2, len(numbers), side, side)  # column and row where the lines (u, v) cross every plane
+    for n, (row, slant, by) in enumerate(zip(rows, skew, within, strict=True)):
+        size = block.shape[row]
+        plane = _plane(origin[row] - slant * origin[across], by, steps, size)
+        torch.add(plane, _line(slant * numbers, size)[:, None, None], out=crossing[1 - n])
     planes = (block - background).movedim(across, 0)[:, None]
-    crossed = _bilinear(planes, at[1], at[0])[:, 0].movedim(0, -1)  # (side, side, planes)
-    deep = _plane(origin[across], turn[across, columns], steps, len(numbers))[..., None] + torch.tensor(
-        turn[across, along] * steps * 2 / len(numbers), dtype=torch.float32
-    )
-    still = torch.tensor((2 * steps + 1) / side - 1, dtype=torch.float32)[:, None].expand(deep.shape)
-    seen = _bilinear(crossed[:, None], deep, still)[:, 0]
-    return seen.movedim(-1, along) + background
+    crossed = _bilinear(planes, crossing)[:, 0].movedim(0, -1)  # (side, side, planes)
+    depth = torch.empty(2, side, side, side)  # column and row of every voxel of a line, in the image of its crossings
+    plane = _plane(origin[across], turn[across, columns], steps, len(numbers))
+    torch.add(plane[..., None], _line(turn[across, along] * steps, len(numbers)), out=depth[0])
+    depth[1] = (_line(steps + 0.5, side) - 1)[:, None]
+    seen = _bilinear(crossed[:, None], depth)[:, 0]
+    return seen.movedim(-1, along).add_(background)
 
 
 def _plane(start: float, by: NDArray[np.float64], steps: NDArray[np.int64], size: int) -> torch.Tensor:
@@ -136,10 +137,15 @@ def _plane(start: float, by: NDArray[np.float64], steps: NDArray[np.int64], size
     return torch.tensor(first[:, None] + second + ((start + 0.5) * 2 / size - 1), dtype=torch.float32)
 
 
-def _bilinear(images: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Images (n, 1, rows, columns) at places (n, u, v), 0 outside."""
-    places = torch.stack([column, row]).movedim(0, -1)
-    return F.grid_sample(images, places, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _line(voxels: NDArray[np.floating[Any]], size: int) -> torch.Tensor:
+    """Distances in voxels of `size` ones in `grid_sample`'s own units."""
+    return torch.tensor(voxels * (2 / size), dtype=torch.float32)
+
+
+def _bilinear(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Images (n, 1, rows, columns) at the columns and rows `places` (2, n, u, v), 0 outside."""
+    grid = places.movedim(0, -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def recolour(view: torch.Tensor, rng: np.random.Generator, augmentation: Augmentation) -> torch.Tensor:
@@ -148,20 +154,27 @@ def recolour(view: torch.Tensor, rng: np.random.Generator, augmentation: Augment
     if rng.random() < a.curve_probability:
         view = _curved(view, rng, a)
     if a.bias:
-        coarse = torch.tensor(rng.normal(0, a.bias, (3, 3, 3)), dtype=torch.float32)
-        at = torch.linspace(0, 2, view.shape[0])  # linear interpolation between three values along every axis
+        coarse = torch.tensor(np.exp(rng.normal(0, a.bias, (3, 3, 3))), dtype=torch.float32)
+        at = torch.linspace(0, 2, view.shape[0])  # linear interpolation between three factors along every axis
         linear = (1 - (at[:, None] - torch.arange(3)).abs()).clamp(min=0)  # (side, 3)
         field = torch.tensordot(linear, linear @ coarse @ linear.T, dims=1)
-        view = (view + 1) * field.exp() - 1
+        view = field.mul_(view + 1).sub_(1)
     if a.slices_probability and rng.random() < a.slices_probability:
         thickness = rng.uniform(1, a.thickest_vox)
         slices = torch.tensor(thick_slices(view.shape[0], thickness, rng.uniform(0, thickness)))
         axis = int(rng.integers(3))
         view = (view.movedim(axis, -1) @ slices.T).movedim(-1, axis)
     if a.noise:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        view = view + torch.randn(view.shape, generator=generator) * rng.uniform(0, a.noise)
+        values = _noise(view.numel())
+        first, strength = int(rng.integers(len(values) - view.numel())), rng.uniform(-a.noise, a.noise)
+        view = torch.add(view, values[first : first + view.numel()].view(view.shape), alpha=strength)
     return view
+
+
+@cache
+def _noise(n: int) -> torch.Tensor:
+    """Four times n normal values, of which views take pieces: to draw them anew costs a quarter of a view."""
+    return torch.randn(4 * n, generator=torch.Generator().manual_seed(0))
 
 
 def _curved(view: torch.Tensor, rng: np.random.Generator, augmentation: Augmentation) -> torch.Tensor:

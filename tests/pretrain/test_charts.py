@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from isimed_index.config import PretrainConfig
 from isimed_index.encoders.networks import ValidNet
-from isimed_index.errors import ConfigError, StoreDamaged, TrainingWarning
+from isimed_index.errors import ConfigError, StoreDamaged
 from isimed_index.pretrain.charts import Charts
 from isimed_index.pretrain.forward import Forward
 from isimed_index.pretrain.methods import build_method, outputs_of
@@ -32,6 +31,8 @@ from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
 from isimed_index.testing.templates import ellipsoid_head
 
+pytestmark = pytest.mark.usefixtures("short_training")
+
 Array = NDArray[np.float64]
 Says = Callable[[Array, int], Array]  # what a head says of template places (n, 3) of a scan
 
@@ -39,15 +40,6 @@ SCANS = 12
 SETUP = config(batch_scans=4, steps_per_epoch=3, charts_after=1)  # an epoch shows every scan once
 LATTICE = np.stack(np.meshgrid(*[np.arange(5) * 12.0] * 3, indexing="ij"), -1).reshape(-1, 3)
 HEAD = np.random.default_rng(3).uniform(-80, 80, (200, 3))  # template places where charts are compared
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    """One thread; a few steps may leave an embedding that looks collapsed, which is not what these tests are about."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the embeddings are collapsing", TrainingWarning)
-        yield
 
 
 def bodies(count: int = SCANS) -> Array:

@@ -28,14 +28,7 @@ from isimed_index.pretrain.validation import Best, Validation, split
 from isimed_index.progress import Silent
 from isimed_index.scans.prepare import Intensity
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    """One thread; six steps may leave an embedding that looks collapsed, which is not what these tests are about."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the embeddings are collapsing", TrainingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("short_training")
 
 
 def run(directory: Path, setup: PretrainConfig, **options: Any) -> Trained:
