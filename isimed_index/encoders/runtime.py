@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from isimed_index.encoders.module import foreign_module, our_network
 from isimed_index.encoders.networks import Network
 from isimed_index.encoders.onnx_model import FACTORY as ONNX
 from isimed_index.encoders.onnx_model import open_onnx
+from isimed_index.encoders.passes import passes_hold
 from isimed_index.encoders.protocol import Encoder, Vectors, encode_patches
 from isimed_index.encoders.runtimes.by_onnxruntime import onnx_run
 from isimed_index.encoders.runtimes.by_openvino import openvino_run
@@ -28,7 +30,7 @@ from isimed_index.encoders.runtimes.checked import Checked
 from isimed_index.encoders.runtimes.exported import graph_of
 from isimed_index.encoders.runtimes.kind import AUTO, NATIVE, Run, Runtime, need_packages
 from isimed_index.encoders.trust import is_ours
-from isimed_index.errors import EncoderMismatch, UsageError
+from isimed_index.errors import EncoderMismatch, IsimedWarning, UsageError
 from isimed_index.grid import Box, PatchGrid
 from isimed_index.scans.prepare import Volume
 
@@ -115,11 +117,23 @@ class TorchEncoder(NetworkEncoder):
     """A network as it is on PyTorch in float32: what every other way of running it is compared with."""
 
     def __init__(self, card: EncoderCard, network: Network, device: torch.device) -> None:
-        super().__init__(card, TorchRun(network, device), _own_stride(network))
+        stride = _own_stride(card, network)
+        super().__init__(card, TorchRun(network, device), stride)
 
 
-def _own_stride(network: Network) -> int | None:
-    return network.stride if network.exactly_convolutional else None
+def _own_stride(card: EncoderCard, network: Network) -> int | None:
+    """The stride of a network's passes over a volume; None, with a warning, when it only says that it has them."""
+    if not network.exactly_convolutional:
+        return None
+    if passes_hold(network, network.patch, network.stride):
+        return network.stride
+    warnings.warn(
+        f"encoder {card.name!r}: a pass of its network over a volume does not give the vectors of patches, so it is run "
+        "patch by patch: the same answers, much later",
+        IsimedWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def weights_bytes(state: Mapping[str, torch.Tensor]) -> bytes:
@@ -197,7 +211,7 @@ def _our_encoder(card: EncoderCard, file: Path, device: str, runtime: Runtime) -
     """A network of ours in a runtime; all but PyTorch in float32 are checked against it on their first batch."""
     on = choose_device("cpu" if device == "auto" and runtime.name in ("openvino", "onnx") else device)
     network = our_network(card, file)
-    stride, threads = _own_stride(network), torch.get_num_threads()
+    stride, threads = _own_stride(card, network), torch.get_num_threads()
     if runtime.name in (AUTO, "torch"):
         fast = quick(network) if on.type == "cpu" else network
         run: Run = TorchRun(fast, on, runtime.precision)
