@@ -27,9 +27,9 @@ _PATCHES = 8  # of the 27 in it that are encoded alone
 def passes_hold(network: nn.Module, patch: int, stride: int) -> bool:
     """Whether a network on the CPU is exactly convolutional, with that patch and total stride in voxels.
 
-    It is run in float32, and left in evaluation mode. The bound is that by which runtimes are believed: networks of ours
-    keep within a tenth of it, and zero-padded ones were at least forty times beyond. A network that gives NaN passes:
-    it is refused for that elsewhere.
+    It is run in float32, and left in evaluation mode. The bound is that by which runtimes are believed: networks of
+    ours keep within a tenth of it, and zero-padded ones were at least forty times beyond. A network that gives NaN
+    passes: it is refused for that elsewhere.
     """
     rng, edge = np.random.default_rng(0), patch + _STEPS * stride
     noise = rng.uniform(-1, 1, (edge, edge, edge)).astype(np.float32)

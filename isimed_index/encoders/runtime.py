@@ -128,8 +128,8 @@ def _own_stride(card: EncoderCard, network: Network) -> int | None:
     if passes_hold(network, network.patch, network.stride):
         return network.stride
     warnings.warn(
-        f"encoder {card.name!r}: a pass of its network over a volume does not give the vectors of patches, so it is run "
-        "patch by patch: the same answers, much later",
+        f"encoder {card.name!r}: a pass of its network over a volume does not give the vectors of patches, so it is "
+        "run patch by patch: the same answers, much later",
         IsimedWarning,
         stacklevel=2,
     )

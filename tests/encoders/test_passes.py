@@ -178,7 +178,7 @@ class DenseOverVolumes(PatchDenseNet121):
 
 
 def test_densenet121_over_a_volume_is_another_encoder() -> None:
-    """The published network: what vectors tell of patches, their deviation from the mean, has nothing left in common."""
+    """What vectors tell of patches, their deviation from the mean, has nothing left in common."""
     network = settled(DenseOverVolumes({"embedding": 1024}), rounds=1)
     volume = noise((64, 64, 64))
     grid = PatchGrid((64, 64, 64), PATCH, PATCH, volume.affine)
