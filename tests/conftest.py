@@ -1,6 +1,7 @@
-"""What all tests share: one thread a process, and the way to the real volumes."""
+"""What all tests share: one thread a process, Ctrl-C as at a terminal, and the way to the real volumes."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts with it ignored
 settings.register_profile("isimed", deadline=None, max_examples=50)
 settings.load_profile("isimed")
 

@@ -21,7 +21,7 @@ SIGNATURES = {
     "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None, "
     "tensorboard=None, wandb=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
-    "max_ram=None, progress=None",
+    "max_ram=None, progress=None, runtime='auto', precision='fp32'",
     "keep": "matches, question",
     "register": "to=None, kind='rigid', rounds=2, where=None, workers=1, redo=False, progress=None",
     "transform": "scan, reference=None, kind=None",

@@ -24,8 +24,8 @@ def asked_to_stop(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Inside, a signal is remembered instead of raised; the value says whether one came.
 
     A second Ctrl-C goes to whoever handled signals before, which stops at once; not where `patient`, for torchrun sends
-    its processes a signal of its own after the terminal's. Outside of the main thread nothing is changed: only there
-    can signals be handled.
+    its processes a signal of its own after the terminal's. A signal that is ignored stays so, as a script's background
+    jobs ignore Ctrl-C. Outside of the main thread nothing is changed: only there can signals be handled.
     """
     asked: list[int] = []
     before: dict[signal.Signals, Any] = {}
@@ -38,7 +38,8 @@ def asked_to_stop(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
-            before[number] = signal.signal(number, note)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield lambda: bool(asked)
     finally:

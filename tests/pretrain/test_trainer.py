@@ -23,6 +23,7 @@ from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint
 from isimed_index.pretrain.checkpoint import Saved
 from isimed_index.pretrain.methods import Method
+from isimed_index.pretrain.stopping import asked_to_stop
 from isimed_index.pretrain.trainer import Trained, new_card, train
 from isimed_index.pretrain.validation import Best, Validation, split
 from isimed_index.progress import Silent
@@ -193,6 +194,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(tmp_path, config(), progress=Signalled(2, signal.SIGINT, signal.SIGINT))
     assert not str(stopped.value)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with asked_to_stop() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert not asked()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
