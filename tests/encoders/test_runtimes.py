@@ -174,6 +174,31 @@ class TestOnnxRuntime(RuntimeConformance):
     runtime = "onnx"
 
 
+# Each Core of OpenVINO gives its thread a signal stack, and takes it away when it ends, whatever came since.
+IN_TURN = """
+import gc, signal, sys
+from pathlib import Path
+from isimed_index.encoders.runtime import load_encoder
+from isimed_index.encoders.runtimes.kind import Runtime
+
+caught = []
+signal.signal(signal.SIGTERM, lambda *_: caught.append("caught"))
+first, second, third = (load_encoder(Path(sys.argv[1]), "cpu", runtime=Runtime("openvino")) for _ in range(3))
+for _ in range(3):
+    first, second, third = second, third, None
+    gc.collect()
+    signal.raise_signal(signal.SIGTERM)
+print(*caught)
+"""
+
+
+@pytest.mark.skipif(bool(missing_packages("openvino")), reason="needs openvino")
+def test_a_signal_is_survived_after_encoders_were_let_go(tmp_path: Path) -> None:
+    folder = keep(tmp_path / "encoder")
+    command = [sys.executable, "-X", "faulthandler", "-c", IN_TURN, str(folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["caught"] * 3
+
+
 def test_the_papers_network_in_every_runtime(tmp_path: Path) -> None:
     folder = keep(tmp_path / "encoder", "densenet")
     patches = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 32)).astype(np.float32)

@@ -2,6 +2,8 @@
 
 What its defaults would do, and why each is set: on machines with AMX or AVX512-BF16 it computes in bfloat16 unless told
 not to; it takes all cores, also of a worker that was given one; it binds threads to cores, the same in every process.
+Each of its cores gives its thread a stack for signals, and takes it away in the end even where another one's is set
+since: the next Ctrl-C would then crash the process, so there is one core in a process, for as long as that lives.
 Its Python package reports every import to its makers, unless their package `openvino_telemetry` cannot be imported.
 """
 
@@ -20,6 +22,8 @@ from isimed_index.encoders.trust import said_by
 from isimed_index.errors import EncoderMismatch
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+_CORE = threading.Lock()
+_cores: list[Any] = []  # one, once it was asked for
 
 
 class OpenVinoRun:
@@ -43,9 +47,6 @@ class OpenVinoRun:
 def openvino_run(graph: bytes, outputs: Sequence[str], precision: str, threads: int) -> OpenVinoRun:
     """An ONNX graph compiled for the CPU; `MissingExtra` without the package, `EncoderMismatch` when it fails."""
     need_packages("openvino")
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
-    import openvino
-
     settings = {
         "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
         "EXECUTION_MODE_HINT": "ACCURACY" if precision == "fp32" else "PERFORMANCE",
@@ -54,7 +55,7 @@ def openvino_run(graph: bytes, outputs: Sequence[str], precision: str, threads: 
         "ENABLE_CPU_PINNING": False,
     }
     try:
-        core = openvino.Core()
+        core = _core()
         compiled = core.compile_model(core.read_model(model=graph, weights=b""), "CPU", settings)
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     except RuntimeError as error:
@@ -65,6 +66,16 @@ def openvino_run(graph: bytes, outputs: Sequence[str], precision: str, threads: 
             next_step="--precision fp32, or --runtime torch",
         )
     return OpenVinoRun(compiled, outputs)
+
+
+def _core() -> Any:
+    with _CORE:
+        if not _cores:
+            sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+            import openvino
+
+            _cores.append(openvino.Core())
+        return _cores[0]
 
 
 def _failed(what: str, error: RuntimeError) -> EncoderMismatch:
