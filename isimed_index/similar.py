@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -62,28 +62,26 @@ def similar(snapshot: Snapshot, scan: str, likeness: Likeness, encoder: str | No
     rows = described(snapshot, card.id, regions.rows)
     asked = _asked(snapshot, rows, scan, likeness.label)
     scans = snapshot.matching("scans", likeness.where)
-    subjects = dict(zip(scans["scan"].to_pylist(), scans["subject"].to_pylist(), strict=True))
-    others = [
-        row
-        for row, other in enumerate(rows["scan"].to_pylist())
-        if other != scan and other in subjects and _wanted(subjects[other] == subject, likeness.same_subject)
-    ]
+    others = {
+        other: whose
+        for other, whose in zip(scans["scan"].to_pylist(), scans["subject"].to_pylist(), strict=True)
+        if other != scan and _wanted(whose == subject, likeness.same_subject)
+    }
     chosen = _alike(rows, asked, others)
     away = distances(regions, asked, chosen, likeness.pooling)
-    names = rows["scan"].to_pylist()
-    best = sorted(range(len(chosen)), key=lambda n: (away[n], names[chosen[n]]))[: likeness.k]
-    order = np.array(best, dtype=np.int64)
-    found = rows.take(np.array(chosen, dtype=np.int64)[order])
-    return _answer(found, [subjects[other] for other in found["scan"].to_pylist()], away[order])
+    found = rows.take(chosen)
+    order = np.lexsort((found["scan"].to_numpy(), away))[: likeness.k]
+    found = found.take(order)
+    return _answer(found, [others[other] for other in found["scan"].to_pylist()], away[order])
 
 
-def distances(regions: StoredRegions, asked: int, others: Sequence[int], pooling: Pooling) -> NDArray[np.float64]:
+def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], pooling: Pooling) -> NDArray[np.float64]:
     """Distances (m,) between one row and others.
 
     `mean`: the card's, of means that are put back on the unit sphere: 1 - cosine, or Euclidean in the encoder's units.
     `mean_sd`: 1 - cosine of mean ‖ sd.
     """
-    rows = np.array([asked, *others], dtype=np.int64)
+    rows = np.concatenate([[asked], others])
     if pooling == "mean_sd":
         x = Pooled(regions.mean[rows], regions.sd[rows]).both.astype(np.float64)
     elif (standard := standard_of(regions.made)).metric == "l2":
@@ -117,13 +115,12 @@ def _regions(snapshot: Snapshot, card: EncoderCard, scan: str) -> StoredRegions:
 
 def _asked(snapshot: Snapshot, rows: pa.Table, scan: str, label: str | int | None) -> int:
     """The row of the scan, or of its region of that name or number."""
-    own = {
-        number: row
-        for row, (other, number) in enumerate(zip(rows["scan"].to_pylist(), rows["label"].to_pylist(), strict=True))
-        if other == scan
-    }
+    import pyarrow.compute as pc
+
+    mine = np.flatnonzero(pc.equal(rows["scan"], scan))
+    own = dict(zip(rows["label"].take(mine).to_pylist(), mine.tolist(), strict=True))
     if label is None:
-        return own[None]
+        return int(own[None])
     number = _number(snapshot, scan, label)
     if number not in own:
         raise NotFound(
@@ -131,7 +128,7 @@ def _asked(snapshot: Snapshot, rows: pa.Table, scan: str, label: str | int | Non
             f"{LEAST_WEIGHT:g} of a patch",
             next_step=f"isimed sql \"SELECT label, name, weight FROM regions WHERE scan = '{scan}'\"",
         )
-    return own[number]
+    return int(own[number])
 
 
 def _number(snapshot: Snapshot, scan: str, label: str | int) -> int:
@@ -172,27 +169,28 @@ def _nearest(label: str | int, numbers: Sequence[int], names: Sequence[str | Non
     return "" if folded else "; its labels have numbers and no names"
 
 
-def _alike(rows: pa.Table, asked: int, others: Sequence[int]) -> list[int]:
-    """Those of other rows that are of the same: whole scans, or regions of one name, or nameless ones of one number."""
-    numbers, names = rows["label"].to_pylist(), rows["name"].to_pylist()
-    number, name = numbers[asked], names[asked]
-    if name is not None:
-        same = [row for row in others if names[row] == name]
-    else:
-        same = [row for row in others if names[row] is None and numbers[row] == number]
-    unsure = [
-        row
-        for row in others
-        if number is not None and numbers[row] == number and (names[row] is None) != (name is None)
-    ]
+def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.int64]:
+    """Rows (m,) of other scans that are of the same: whole scans, or regions of one name, or nameless of one number."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    number, name = rows["label"][asked], rows["name"][asked]
+    of_others = pc.is_in(rows["scan"], pa.array(others, pa.string()))
+    if not number.is_valid:
+        return np.flatnonzero(pc.and_(of_others, pc.is_null(rows["label"])))
+    numbered = pc.and_(of_others, pc.fill_null(pc.equal(rows["label"], number), False))
+    nameless = pc.is_null(rows["name"])
+    unsure = np.count_nonzero(pc.and_(numbered, nameless if name.is_valid else pc.invert(nameless)))
     if unsure:
         warnings.warn(
             f"label {number} has a name in some scans and none in others, so it is not known to be the same region: "
-            f"{len(unsure)} regions are left out. Next: isimed add with --label-names for all",
+            f"{unsure} regions are left out. Next: isimed add with --label-names for all",
             StoreWarning,
             stacklevel=4,
         )
-    return same
+    if name.is_valid:
+        return np.flatnonzero(pc.and_(of_others, pc.fill_null(pc.equal(rows["name"], name), False)))
+    return np.flatnonzero(pc.and_(numbered, nameless))
 
 
 def _wanted(same: bool, same_subject: SameSubject) -> bool:

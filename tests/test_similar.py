@@ -18,7 +18,8 @@ import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.frame import read_frame
-from isimed_index.store.regions import MEAN, living_regions
+from isimed_index.similar import distances
+from isimed_index.store.regions import MEAN, described, living_regions
 from isimed_index.store.transaction import Proposal
 
 ASKED, TWIN = COPIES[0].stem, COPIES[1].stem
@@ -352,3 +353,46 @@ def test_nothing_of_torch_is_loaded(cohort: Cohort):
         [sys.executable, "-c", code, str(cohort.store), ASKED], capture_output=True, text=True, check=True
     )
     assert ran.stdout == "False\n"
+
+
+# -- real heads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_regions_of_real_heads_find_themselves_in_others(real_data: Path, tmp_path: Path):
+    for image in sorted((real_data / "ixi" / "t1").glob("*.nii.gz"))[::36]:
+        shutil.copy(image, tmp_path)
+        seg = next((real_data / "ixi" / "seg").glob(image.name.split("_T1")[0] + "*"))
+        shutil.copy(seg, tmp_path / image.name.replace(".nii.gz", "_seg.nii.gz"))
+    store = isi.create(tmp_path / "cohort.isimed")
+    names_at = real_data / "ixi" / "labels.tsv"
+    store.add(sorted(tmp_path.glob("*_T1.nii.gz")), labels="{stem}_seg.nii.gz", label_names=names_at)
+    add_random_encoder(store.path)
+    store.index()
+    found = living_regions(store.snapshot, store.encoder().id)
+    assert found is not None
+    rows = described(store.snapshot, store.encoder().id, found.rows)
+    labels, scans = np.array([label or 0 for label in rows["label"].to_pylist()]), found.rows["segment"].to_numpy()
+    names = dict(zip(labels.tolist(), rows["name"].to_pylist(), strict=True))  # of the deep structures alone
+    hits, mirrored, chances = [], [], []
+    for row in np.flatnonzero(labels):
+        others = np.flatnonzero((labels > 0) & (scans != scans[row]))
+        nearest = labels[others[distances(found, int(row), others, "mean").argmin()]]
+        hits.append(nearest == labels[row])
+        chances.append((labels[others] == labels[row]).mean())
+        if (name := names[labels[row]]) is not None:
+            mirrored.append(names[nearest] == mirror(name))
+    scores = [float(np.mean(shares)) for shares in (hits, chances, mirrored)]
+    print("{} heads: hit@1 {:.3f}, by chance {:.3f}; the mirror image {:.3f}".format(len(set(scans)), *scores))
+    assert scores[0] > 10 * scores[1]
+    assert scores[2] < 0.02
+    thalami = store.similar(store.snapshot.scan_ids()[0], "left thalamus")
+    assert set(thalami["name"].to_pylist()) == {"left thalamus"}
+    assert set(thalami["label"].to_pylist()) == {60}
+
+
+def mirror(name: str) -> str:
+    """The name of the same structure on the other side; of one in the middle, none."""
+    swapped = " ".join({"left": "right", "right": "left"}.get(word, word) for word in name.split())
+    return swapped if swapped != name else ""

@@ -44,7 +44,9 @@ class StoredRegions:
     made: Mapping[str, Any]
 
     def take(self, which: NDArray[np.int64]) -> StoredRegions:
-        """Some rows (m,) of it."""
+        """Some rows (m,) of it, rising; all of them stay memory maps."""
+        if len(which) == self.rows.num_rows:
+            return self
         return StoredRegions(self.rows.take(which), self.mean[which], self.sd[which], self.made)
 
 
@@ -81,29 +83,45 @@ def living_regions(snapshot: Snapshot, encoder_id: str) -> StoredRegions | None:
     artefact = snapshot.newest("region", encoder_id)
     if artefact is None:
         return None
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     stored = read_regions(snapshot.verified(artefact))
-    now = {segment.first_row_id: segment.rows for segment in snapshot.segments(encoder_id)}
-    then = zip(stored.rows["segment"].to_pylist(), stored.rows["rows"].to_pylist(), strict=True)
-    return stored.take(np.flatnonzero([now.get(segment) == rows for segment, rows in then]))
+    segments = snapshot.segments(encoder_id)
+    ids = pa.array([segment.first_row_id for segment in segments], pa.int64())
+    counts = pa.array([segment.rows for segment in segments], pa.int64())
+    now = counts.take(pc.index_in(stored.rows["segment"], ids).combine_chunks())  # null where the segment is gone
+    return stored.take(np.flatnonzero(pc.fill_null(pc.equal(stored.rows["rows"], now), False)))
 
 
 def described(snapshot: Snapshot, encoder_id: str, rows: pa.Table) -> pa.Table:
     """Living rows as the view `regions` shows them: with scan, encoder and the label's name."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    scans = {segment.first_row_id: snapshot.scan_of[segment.scan_artefact] for segment in snapshot.segments(encoder_id)}
+    segments = snapshot.segments(encoder_id)
+    ids = pa.array([segment.first_row_id for segment in segments], pa.int64())
+    scans = pa.array([snapshot.scan_of[segment.scan_artefact] for segment in segments], pa.string())
+    place = pc.index_in(rows["segment"], ids).combine_chunks()
     labels = snapshot.table("labels")
-    keys = zip(labels["scan"].to_pylist(), labels["label"].to_pylist(), strict=True)
-    names = dict(zip(keys, labels["name"].to_pylist(), strict=True))
-    of = [scans[segment] for segment in rows["segment"].to_pylist()]
+    known = _keys(pc.index_in(labels["scan"], scans, skip_nulls=True), labels["label"])
+    named = pc.index_in(_keys(place, rows["label"]), known, skip_nulls=True)  # a null is found nowhere
     found = {
-        "scan": pa.array(of, pa.string()),
-        "encoder": pa.array([encoder_id] * len(of), pa.string()),
-        "name": pa.array([names.get(key) for key in zip(of, rows["label"].to_pylist(), strict=True)], pa.string()),
+        "scan": scans.take(place),
+        "encoder": pa.array([encoder_id] * rows.num_rows, pa.string()),
+        "name": labels["name"].take(named),
         **{name: rows[name] for name in ("label", "patches", "weight", "foreground")},
     }
     schema = view_schema("regions")
     return pa.table([found[name] for name in schema.names], names=schema.names).cast(schema)
+
+
+def _keys(scans: pa.Array, labels: pa.ChunkedArray) -> pa.Array:
+    """Scan numbers (n,) and labels (n,) as one number each; null where one of them is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.add(pc.multiply(pc.cast(scans, pa.int64()), 1 << 32), pc.cast(labels, pa.int64()))
 
 
 def regions_view(snapshot: Snapshot) -> pa.Table:
