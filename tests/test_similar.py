@@ -280,16 +280,6 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
     assert store.similar(ASKED, same_subject="include").equals(before)
 
 
-def test_scans_that_are_encoded_again_are_pooled_again(store: Store):
-    before = regions(store)
-    store.index(stride_mm=8.0, where="scan = 'sub-02_T1w'")
-    after = regions(store)
-    kept = before.items() & after.items()
-    assert {key[0] for key in before} - {key[0] for key, _ in kept} != set()
-    assert len({key[0] for key, _ in kept}) == 5
-    assert len({key[0] for key in after}) == 6
-
-
 def test_a_new_standard_has_all_pooled_again(store: Store):
     before = regions(store)
     for artefact in store.snapshot.artefacts("frame"):
@@ -327,20 +317,12 @@ def test_damaged_regions_are_refused_and_made_again(store: Store):
     before = regions(store)
     [artefact] = store.snapshot.artefacts("region")
     file = store.path / artefact.path / MEAN
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 4
-    file.write_bytes(content)
-    code = "import sys, isimed_index as isi\nstore = isi.open(sys.argv[1])\n{}"
-    for ask, said in (("store.similar(sys.argv[2])", "StoreDamaged"), ("store.sql('FROM regions')", "StoreDamaged")):
-        ran = subprocess.run(
-            [sys.executable, "-c", code.format(ask), str(store.path), ASKED], capture_output=True, text=True
-        )
-        assert said in ran.stderr
-    assert [f.kind for f in isi.check(store.path, read=1.0) if f.artefact == artefact.path]
-    file.write_bytes(content[:-40])
+    file.write_bytes(file.read_bytes()[:-40])
     store.refresh()
-    with pytest.raises(StoreDamaged):
+    with pytest.raises(StoreDamaged, match="region"):
         store.similar(ASKED)
+    with pytest.raises(StoreDamaged, match="region"):
+        store.sql("FROM regions")
     with pytest.warns(StoreWarning, match="pooled again"):
         store.index()
     assert regions(store) == before
