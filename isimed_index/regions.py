@@ -48,11 +48,10 @@ def commit_regions(transaction: Transaction, card: EncoderCard, progress: Progre
 
 def _committed(transaction: Transaction, card: EncoderCard, progress: Progress) -> bool:
     with transaction.repository.pin() as snapshot:
-        frame = snapshot.newest("frame", card.id)
-        if frame is None:
-            return True
-        before = snapshot.newest("region", card.id)
+        frame, before = snapshot.newest("frame", card.id), snapshot.newest("region", card.id)
         segments = [segment for segment in snapshot.segments(card.id) if segment.rows]
+        if frame is None or not segments:
+            return True
         covers = [list(ends) for ends in row_ranges([segment.row_ids for segment in segments])]
         standard = read_frame(snapshot.verified(frame)).standard
         kept = _kept(snapshot, card, standard)

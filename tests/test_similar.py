@@ -15,11 +15,12 @@ from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rig
 from numpy.typing import NDArray
 
 import isimed_index as isi
+from isimed_index import regions as pooled_anew
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.frame import read_frame
 from isimed_index.similar import distances
-from isimed_index.store.regions import MEAN, described, living_regions
+from isimed_index.store.regions import MEAN, described, living_regions, read_regions
 from isimed_index.store.transaction import Proposal
 
 ASKED, TWIN = COPIES[0].stem, COPIES[1].stem
@@ -249,6 +250,27 @@ def test_new_scans_are_pooled_and_the_others_stay_bit_for_bit(store: Store, tmp_
     assert before.items() < after.items()
     assert len({segment for segment, _ in after}) == 7
     assert len(store.snapshot.artefacts("region")) == 1
+
+
+def test_what_another_process_commits_meanwhile_is_seen(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """While the first process pools, a second one indexes, and a scan is deleted behind both."""
+    write, calls = pooled_anew.write_regions, []
+
+    def slow_write(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            with isi.open(store.path) as other:
+                other.index()
+                other.delete(f"scan = '{TWIN}'")
+        write(*args)
+
+    store.delete("scan = 'sub-02_T1w'")
+    monkeypatch.setattr(pooled_anew, "write_regions", slow_write)
+    store.index()
+    assert len(calls) == 3  # the second process's, and the first's that began again
+    [artefact] = store.snapshot.artefacts("region")
+    assert len(set(read_regions(store.path / artefact.path).rows["segment"].to_pylist())) == 4
+    assert scans_with_regions(store) == {ASKED, "sub-03_T1w", "sub-04_T1w", CROPPED.stem}
 
 
 def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Store):

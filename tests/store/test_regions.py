@@ -83,6 +83,12 @@ def test_vectors_of_patches_that_are_gone_hold_no_more(repository: Repository):
     assert shown(repository) == both(FIRST, SECOND)
 
 
+def test_regions_none_of_which_holds_are_no_damage(repository: Repository):
+    delete_patches(repository, "i = 1")
+    assert shown(repository) == []
+    assert [finding for finding in audit(repository, read=1.0) if finding.severity == "damage"] == []
+
+
 def test_compaction_and_collection_change_nothing(repository: Repository):
     compact(repository)
     assert shown(repository) == both(FIRST, SECOND)
