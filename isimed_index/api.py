@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from isimed_index.exchange.incoming import Imported
     from isimed_index.exchange.volume import ExportedScan
     from isimed_index.indexing import IndexReport
-    from isimed_index.lookup import Lookup, SameSubject, Source
-    from isimed_index.matches import Matches
+    from isimed_index.lookup import Lookup, Source
+    from isimed_index.matches import Matches, SameSubject
     from isimed_index.register.align import Kind
     from isimed_index.register.cohort import RegisterReport
+    from isimed_index.similar import Pooling
     from isimed_index.store.tags import Tag
     from isimed_index.store.upkeep.collect import Collected
     from isimed_index.store.upkeep.compact import Compacted
@@ -432,6 +433,35 @@ class Store:
         question = Question(k, where, within_mm, same_subject)
         lookup = self._lookup(encoder)
         return lookup.nearest_patches(self._source(lookup, scan), _triple(point), space, question, exact=exact)
+
+    def similar(
+        self,
+        scan: str,
+        label: str | int | None = None,
+        k: int = 10,
+        where: str | None = None,
+        same_subject: SameSubject = "exclude",
+        pooling: Pooling = "mean",
+        encoder: str | None = None,
+    ) -> pa.Table:
+        """The scans that look most like a stored scan, or whose region of that label does: exact, the nearest first.
+
+        Columns: `scan`, `subject`, `label`, `name`, `distance`, `patches`. Regions are compared when their names
+        are the same, and without names when their numbers are: left is never compared with what is called right.
+
+        Args:
+            scan: a stored scan's id.
+            label: name or number of a region of it; None compares whole scans.
+            k: how many answers.
+            where: SQL over `scans` that chooses which scans may answer.
+            same_subject: what to do with other scans of the same subject.
+            pooling: `mean` of the patches, whose distance is the card's; or `mean_sd`, where how far they are apart
+                counts too: 1 - cosine of mean and standard deviation together, whatever the card's metric is.
+            encoder: id, beginning of one, or name; by default the newest.
+        """
+        from isimed_index.similar import Likeness, similar
+
+        return similar(self.snapshot, scan, Likeness(label, k, where, same_subject, pooling), encoder)
 
     def keep(self, matches: Matches, question: str) -> int:
         """Store an answer under a name, as rows of the view `matches`; how many they are.

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1  # the newest store format that this version reads and the one it writes
 FEATURES = frozenset(
-    {"matches", "packed-segments", "tombstones", "transforms"}
+    {"matches", "packed-segments", "regions", "tombstones", "transforms"}
 )  # optional parts of the format that this version knows
 
 SchemaName = Literal["format", "manifest", "card", "tag", "artefact"]
-TableName = Literal["scans", "subjects", "labels", "transforms", "matches", "patches", "charts", "tombstones"]
-ViewName = Literal["patches", "patch_labels", "encoders", "segments", "indexes", "generations"]
+TableName = Literal[
+    "scans", "subjects", "labels", "transforms", "matches", "patches", "charts", "regions", "tombstones"
+]
+ViewName = Literal["patches", "patch_labels", "regions", "encoders", "segments", "indexes", "generations"]
 Metric = Literal["cosine", "l2"]  # how vectors are compared; the card's schema lists the same
 
 

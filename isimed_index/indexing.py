@@ -1,6 +1,7 @@
 """`index`: encode what is not encoded yet, give every scan a chart, build an index whose recall is measured.
 
-scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─▶ charts ─▶ commit ─▶ index ─▶ commit
+scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─▶ charts ─▶ commit ─▶ regions ─▶
+    commit ─▶ index ─▶ commit
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest.report import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
 from isimed_index.progress import Progress
+from isimed_index.regions import commit_regions
 from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
@@ -122,17 +124,19 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
                 next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
             )
         _commit_frame(transaction, card, progress)
+        commit_regions(transaction, card, progress)
         built = _commit_index(transaction, card, options)
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
 
 
 def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:
-    """Fit the frame and build the index of an encoder over the rows that live, if there are any; nothing is encoded."""
+    """Fit the frame, pool regions and build the index of an encoder, if any row of it lives; nothing is encoded."""
     options = IndexOptions() if min_recall is None else IndexOptions(min_recall=min_recall)
     with repository.transaction("index") as transaction, repository.pin() as head:
         if any(segment.rows for segment in head.segments(encoder_id)):
             card = read_card(head.encoder_path(encoder_id))
             _commit_frame(transaction, card, progress)
+            commit_regions(transaction, card, progress)
             _commit_index(transaction, card, options)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound, OutsideScan, StoreWarning, UsageError
 from isimed_index.frame import Chart, Frame, fit_chart, read_frame
 from isimed_index.lattice import Lattice, ScanGeometry, Vectors, read_geometry, read_lattice
-from isimed_index.matches import Asked, Matches
+from isimed_index.matches import Asked, Matches, SameSubject
 from isimed_index.space import Affine, Space, apply_affine, from_ras_mm, inverse, to_ras_mm
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from isimed_index.scans.chunks import StoredScan
     from isimed_index.scans.scan import Scan
 
-SameSubject = Literal["include", "exclude", "only"]
 MAX_SHIFT_MM = 30.0  # a local fit that leaves the chart by more than this is not believed
 Point = NDArray[np.float64]  # (3,) RAS+ mm
 

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by scripts/make_library_reference.py: change the code, then run the script. -->"
 OBJECTIVES = (isimed.distance_loss, coordinate.offset_loss, descriptor.dense_infonce)
 TABLES = ("scans", "subjects", "labels", "transforms")  # views that are stored tables as they are
-VIEWS = ("patches", "encoders", "segments", "indexes", "generations")
+VIEWS = ("patches", "regions", "encoders", "segments", "indexes", "generations")
 
 
 def python_page() -> str:

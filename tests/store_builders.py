@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from isimed_index.index.card import row_ranges
 from isimed_index.store import files
 from isimed_index.store.manifest import Artefact, listed, load, manifest_name
+from isimed_index.store.regions import StoredRegions, write_regions
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import LABEL_SHARES, write_segment
 from isimed_index.store.snapshot import Snapshot
@@ -186,6 +187,34 @@ def add_index(repository: Repository, encoder: str = ENCODER) -> Snapshot:
         (path / "index.faiss").write_bytes(bytes(256))
         artefact = transaction.add("index", path, encoder=encoder, covers=[list(ends) for ends in ranges])
         return transaction.commit(lambda head: Proposal([artefact]))
+
+
+def add_regions(repository: Repository, encoder: str = ENCODER) -> Snapshot:
+    """Commit stand-in vectors of each encoded scan, and of its label 7, in place of those that there are."""
+    head = repository.snapshot()
+    segments = [segment for segment in head.segments(encoder) if segment.rows]
+    rows = pa.concat_tables(
+        pa.table(
+            {
+                "segment": [segment.first_row_id] * 2,
+                "rows": [segment.rows] * 2,
+                "label": [None, 7],
+                "patches": [segment.rows] * 2,
+                "weight": [segment.rows / 2] * 2,
+                "foreground": [0.5] * 2,
+            }
+        )
+        for segment in segments
+    )
+    random = np.random.default_rng(7)
+    mean, sd = (random.normal(size=(rows.num_rows, 4)).astype(np.float32) for _ in range(2))
+    covers = [list(ends) for ends in row_ranges([segment.row_ids for segment in segments])]
+    with repository.transaction("index") as transaction:
+        path = transaction.stage("region")
+        write_regions(path, StoredRegions(rows, mean, sd, {"metric": "cosine", "centre": [0.0] * 4, "scale": 1.0}))
+        artefact = transaction.add("region", path, encoder=encoder, covers=covers)
+        old = head.newest("region", encoder)
+        return transaction.commit(lambda _: Proposal([artefact], drop=[old.path] if old else []))
 
 
 def orphans(repository: Repository) -> set[str]:

@@ -16,7 +16,17 @@ from cohorts import COPIES, Cohort, tiny_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from store_builders import ENCODER, OTHER_ENCODER, add_encoder, add_segment, card, finish, start, whole_store
+from store_builders import (
+    ENCODER,
+    OTHER_ENCODER,
+    add_encoder,
+    add_regions,
+    add_segment,
+    card,
+    finish,
+    start,
+    whole_store,
+)
 
 import isimed_index as isi
 from isimed_index.api import Store
@@ -165,6 +175,7 @@ def test_a_plain_duckdb_opens_the_database(repository: Repository, tmp_path: Pat
     import duckdb
 
     said(repository)
+    add_regions(repository)
     snapshot = repository.snapshot()
     isi.open(repository.path).export(tmp_path / "cohort.duckdb", "duckdb", vectors=True)
     with duckdb.connect(str(tmp_path / "cohort.duckdb"), read_only=True) as database:

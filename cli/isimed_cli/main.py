@@ -24,6 +24,7 @@ from isimed_cli import (
     pretrain,
     query,
     register,
+    similar,
     sql,
     store,
 )
@@ -33,7 +34,7 @@ __all__ = ["app", "main"]
 
 # Importing a module registers its commands.
 COMMANDS = (
-    *(add, register, pretrain, encoders, index, query, sql, store, evaluate, plot),
+    *(add, register, pretrain, encoders, index, query, similar, sql, store, evaluate, plot),
     *(change, check, exchange, doctor, demo),
 )
 

@@ -75,7 +75,7 @@ def sql(
 ) -> None:
     """Run one read-only SQL query.
 
-    Views: scans, subjects, labels, patches, patch_labels, matches, transforms, encoders, segments, indexes,
+    Views: scans, subjects, labels, patches, patch_labels, regions, matches, transforms, encoders, segments, indexes,
     generations; "DESCRIBE scans" shows columns.
     With several values: -p split test -p age 40, or ISIMED_SQL_PARAM="split test age 40".
     """

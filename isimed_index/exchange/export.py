@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LATTICES = "lattices.json"
-_OF_ENCODERS: tuple[ViewName, ...] = ("encoders", "segments", "indexes")
+_OF_ENCODERS: tuple[ViewName, ...] = ("encoders", "segments", "regions", "indexes")
 _ROWS_AT_ONCE = 1 << 16  # of patches in a DuckDB file
 
 
@@ -270,7 +270,7 @@ def _database_tables(chosen: Selection, vectors: bool, progress: Progress) -> It
     for view in _OF_ENCODERS:
         rows = chosen.snapshot.matching(view, None)
         rows = rows.filter(pc.is_in(rows["encoder"], ids))
-        if view == "segments":
+        if "scan" in rows.column_names:
             rows = rows.filter(pc.is_in(rows["scan"], pa.array(chosen.scans, pa.string())))
         yield view, rows
     yield "generations", chosen.snapshot.matching("generations", None)

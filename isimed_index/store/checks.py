@@ -11,13 +11,15 @@ import numpy as np
 
 from isimed_index.contracts import conform, table_contract, validate
 from isimed_index.errors import EncoderMismatch, UsageError
-from isimed_index.store.files import CARD, MODEL, WEIGHTS, file_digest
+from isimed_index.store.files import CARD, DERIVED, MODEL, WEIGHTS, file_digest
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.segment import check_segment, parts_of
 from isimed_index.store.snapshot import Snapshot, StoredTable
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_NOUN = {"index": "an index covers", "region": "regions cover"}
 
 
 def check_content(kind: str, path: Path, fields: Mapping[str, Any]) -> None:
@@ -47,22 +49,22 @@ def check_references(kept: Sequence[Artefact], added: Sequence[Artefact], next_r
     scans = {artefact.path for artefact in everything if artefact.kind == "scan"}
     for artefact in added:
         encoder = artefact.fields.get("encoder")
-        if artefact.kind in ("segment", "frame", "index") and encoder not in encoders:
+        if artefact.kind in ("segment", *DERIVED) and encoder not in encoders:
             raise EncoderMismatch(
                 f"a {artefact.kind} was made by the encoder {str(encoder)[:12]!r}, which is not in the store",
                 next_step="isimed ls encoders",
             )
         if artefact.kind == "segment" and any(part["scan_artefact"] not in scans for part in parts_of(artefact)):
             raise UsageError("a segment was made from a scan that is not in the store", next_step="isimed ls")
-        if artefact.kind == "index":
+        if artefact.kind in ("index", "region"):
             check_coverage(artefact, everything, next_row_id)
 
 
 def check_coverage(index: Artefact, everything: Sequence[Artefact], next_row_id: int) -> None:
-    """What an index covers are row ids that were given, none of them to a segment of another encoder."""
+    """What an index (or regions) covers are row ids that were given, none to a segment of another encoder."""
     covers = np.array(index.fields["covers"], dtype=np.int64).reshape(-1, 2)  # (r, 2) rising half-open ranges
     if (np.diff(covers.ravel()) <= 0).any() or (covers.size and not 0 <= covers[0, 0] < covers[-1, 1] <= next_row_id):
-        raise UsageError("an index covers rows that are not in the store", next_step="isimed index")
+        raise UsageError(f"{_NOUN[index.kind]} rows that are not in the store", next_step="isimed index")
     others = [
         (part["first_row_id"], part.get("end_row_id", part["first_row_id"] + artefact.fields["rows"]))
         for artefact in everything
@@ -75,7 +77,7 @@ def check_coverage(index: Artefact, everything: Sequence[Artefact], next_row_id:
     place = np.searchsorted(covers[:, 1], first, side="right")  # the first range that ends behind each segment's start
     inside = place < len(covers)
     if (covers[place[inside], 0] < end[inside]).any():
-        raise EncoderMismatch("an index covers segments of another encoder", next_step="isimed index")
+        raise EncoderMismatch(f"{_NOUN[index.kind]} segments of another encoder", next_step="isimed index")
 
 
 def check_rows(head: Snapshot, name: StoredTable, rows: pa.Table, added: Sequence[Artefact]) -> pa.Table:

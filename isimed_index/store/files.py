@@ -33,9 +33,11 @@ FOLDERS = {
     "table": "tables",
     "frame": "frames",
     "index": "indexes",
+    "region": "regions",
     "reference": "references",
     "tombstone": "tombstones",
 }  # where artefacts of each kind live
+DERIVED = ("frame", "index", "region")  # kinds that one encoder's segments tell all of: `isimed index` makes them again
 SUFFIXES = {"scan": ".zarr", "table": ".parquet", "tombstone": ".parquet"}
 
 _BLOCK = 1 << 20  # bytes read at once while hashing

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from isimed_index.errors import StoreDamaged, StoreUnreadable
-from isimed_index.store.files import REPAIR, tree_digest, tree_size
+from isimed_index.store.files import DERIVED, REPAIR, tree_digest, tree_size
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
@@ -93,5 +93,5 @@ def _unread(artefact: Artefact, error: OSError) -> StoreDamaged:
 
 
 def _damaged(artefact: Artefact, what: str) -> StoreDamaged:
-    step = "isimed index" if artefact.kind in ("frame", "index") else REPAIR  # what can be derived again
+    step = "isimed index" if artefact.kind in DERIVED else REPAIR
     return StoreDamaged(f"the {artefact.kind} {artefact.name} {what}", next_step=step)

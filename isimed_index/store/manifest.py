@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ARTEFACT_PATH = re.compile(
     r"(scans/[0-7][0-9A-HJKMNP-TV-Z]{25}\.zarr|(tables|tombstones)/[0-7][0-9A-HJKMNP-TV-Z]{25}\.parquet"
-    r"|(encoders|segments|frames|indexes|references)/[0-7][0-9A-HJKMNP-TV-Z]{25})"
+    r"|(encoders|segments|frames|indexes|regions|references)/[0-7][0-9A-HJKMNP-TV-Z]{25})"
 )
 _SEAL = b'"sha256":"'
 _Parsed = TypeVar("_Parsed")
@@ -114,7 +114,7 @@ def utc_now() -> str:
 class Artefact:
     """One immutable file or folder of a store: where it is, how large, what it hashes to, and what its kind adds."""
 
-    kind: str  # scan, encoder, segment, table, frame, index, reference or tombstone
+    kind: str  # scan, encoder, segment, table, frame, index, region, reference or tombstone
     path: str  # relative to the store, such as segments/<ulid>
     bytes: int
     files: int

@@ -88,7 +88,7 @@ class Snapshot:
         return self.manifest.generation
 
     def artefacts(self, kind: str) -> list[Artefact]:
-        """Artefacts of one kind (scan, encoder, segment, table, frame, index) in the order they were committed."""
+        """Artefacts of one kind (scan, encoder, segment, table, frame, …) in the order they were committed."""
         return self.manifest.find(kind)
 
     def verified(self, artefact: Artefact) -> Path:
@@ -245,8 +245,8 @@ class Snapshot:
         """By scan id, the segment of one encoder (there is one: a scan that is encoded again replaces it)."""
         return {self.scan_of[segment.scan_artefact]: segment for segment in self.segments(encoder_id)}
 
-    def newest(self, kind: Literal["frame", "index"], encoder_id: str) -> Artefact | None:
-        """The frame or index of an encoder that was committed last."""
+    def newest(self, kind: Literal["frame", "index", "region"], encoder_id: str) -> Artefact | None:
+        """The frame, index or regions of an encoder that were committed last."""
         found = [artefact for artefact in self.artefacts(kind) if artefact.fields["encoder"] == encoder_id]
         return found[-1] if found else None
 

@@ -42,6 +42,7 @@ _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
 _FEATURES: Mapping[str, Callable[[Artefact], bool]] = {  # what a reader must know to read a generation rightly
     "matches": lambda artefact: artefact.fields.get("table") == "matches",
     "packed-segments": lambda artefact: "parts" in artefact.fields,
+    "regions": lambda artefact: artefact.kind == "region",
     "tombstones": lambda artefact: artefact.kind == "tombstone",
     "transforms": lambda artefact: artefact.kind == "reference" or artefact.fields.get("table") == "transforms",
 }

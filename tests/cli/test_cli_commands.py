@@ -64,6 +64,7 @@ class FakeStore:
             ),
             "lookup": matches,
             "search_patches": matches,
+            "similar": ROWS,
             "evaluate": SimpleNamespace(to_arrow=lambda: ROWS, landmarks_to_arrow=lambda: LANDMARKS),
             "sql": ROWS,
             "scans": ROWS,
@@ -190,6 +191,12 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         },
     ),
     ("query --patches --point 1,2,3 --scan a", "search_patches", (), {**QUERY, "point": (1.0, 2.0, 3.0), "scan": "a"}),
+    (
+        "similar --scan a --label 7 -k 3 --where nx>3 --same-subject only --pooling mean_sd --encoder first",
+        "similar",
+        ("a",),
+        {"label": "7", "k": 3, "where": "nx>3", "same_subject": "only", "pooling": "mean_sd", "encoder": "first"},
+    ),
     (
         "sql SELECT -p n 3 -p name x -p r=0.5 --timeout 2",
         "sql",

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import polars
@@ -19,8 +20,8 @@ from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql import catalog
 
-VIEWS = ["encoders", "generations", "indexes", "labels", "matches", "patch_labels", "patches", "scans", "segments"]
-VIEWS += ["subjects", "transforms"]
+VIEWS = ["encoders", "generations", "indexes", "labels", "matches", "patch_labels", "patches", "regions", "scans"]
+VIEWS += ["segments", "subjects", "transforms"]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_all_views_are_listed(snapshot: Snapshot) -> None:
     assert snapshot.sql("SHOW TABLES").column("name").to_pylist() == VIEWS
 
 
-@pytest.mark.parametrize("view", ["patches", "patch_labels", "encoders", "segments", "indexes", "generations"])
+@pytest.mark.parametrize("view", get_args(contracts.ViewName))
 def test_views_have_the_columns_of_the_contract_full_or_empty(
     snapshot: Snapshot, tmp_path: Path, view: contracts.ViewName
 ) -> None:

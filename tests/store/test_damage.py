@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cohorts import write_nifti
-from store_builders import ENCODER, add_encoder, add_frame, add_segment, copy_of
+from store_builders import ENCODER, add_encoder, add_frame, add_regions, add_segment, copy_of
 
 import isimed_index as isi
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
@@ -26,6 +26,7 @@ from isimed_index.scans.chunks import open_chunks
 from isimed_index.scans.scan import Scan
 from isimed_index.store import integrity
 from isimed_index.store.files import FOLDERS, FORMAT, HEAD, MANIFESTS, TAGS
+from isimed_index.store.regions import living_regions
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql import catalog
@@ -110,6 +111,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_transforms(repository)
     add_frame(repository, "sub-01")
     add_real_index(repository)
+    add_regions(repository)
     return root
 
 
@@ -119,6 +121,11 @@ def search(snapshot: Snapshot) -> Any:
     live = LiveIndex.open(blocks, "cosine", snapshot.index_path(ENCODER))
     hits = live.search(np.eye(4, dtype=np.float32), 3)
     return hits.row_ids.tolist(), np.round(hits.distances, 5).tolist()
+
+
+def pooled(snapshot: Snapshot) -> Any:
+    found = living_regions(snapshot, ENCODER)
+    return None if found is None else (found.rows.to_pylist(), found.mean.tolist(), found.sd.tolist(), found.made)
 
 
 def rows(name: str) -> Callable[[Snapshot], Any]:
@@ -136,7 +143,10 @@ QUESTIONS: dict[str, Callable[[Snapshot], Any]] = {
     "labels": rows("labels"),
     "transforms": rows("transforms"),
     "matches": rows("matches"),
-    **{name: view(name) for name in ("patches", "patch_labels", "encoders", "segments", "indexes", "generations")},
+    **{
+        name: view(name)
+        for name in ("patches", "patch_labels", "regions", "encoders", "segments", "indexes", "generations")
+    },
     "reference": reference,
     "sql": lambda snapshot: snapshot.sql("SELECT count(*) AS n, max(cx_mm) AS far FROM patches").to_pylist(),
     "vectors": lambda snapshot: [
@@ -149,6 +159,7 @@ QUESTIONS: dict[str, Callable[[Snapshot], Any]] = {
         for stored in (open_chunks(snapshot.chunks_path(scan)) for scan in snapshot.scan_ids())
     ],
     "search": search,
+    "pooled": pooled,
 }
 
 

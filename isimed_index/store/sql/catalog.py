@@ -1,6 +1,6 @@
 """Read-only SQL over one pinned generation: the views, and what is said when a query is refused.
 
-Views: the stored tables, `patches`, `patch_labels`, `encoders`, `segments`, `indexes`, `generations`
+Views: the stored tables, `patches`, `patch_labels`, `regions`, `encoders`, `segments`, `indexes`, `generations`
 (columns in `isimed_schemas/views`). The ones that a query names are sent to a process of its own (see `sandbox`), as
 tables of a database in memory, which is then locked: no external access, no configuration, no spilling, one statement
 of SELECT, EXPLAIN, DESCRIBE or SHOW, a memory limit and a time-out. What a query could change is that copy.
@@ -22,6 +22,7 @@ import pyarrow as pa
 from isimed_index.contracts import ViewName, arrow_schema, view_schema
 from isimed_index.errors import SqlRefused, StoreUnreadable, StoreWarning, UsageError
 from isimed_index.store.manifest import Artefact, history
+from isimed_index.store.regions import regions_view
 from isimed_index.store.snapshot import STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.sql import sandbox
 from isimed_index.store.sql.patches import patch_labels_view, patches_view
@@ -222,6 +223,7 @@ _VIEWS: Mapping[str, Callable[[Snapshot], pa.Table | Large]] = {
     **{name: partial(Snapshot.table, name=name) for name in STORED_TABLES},
     "patches": patches_view,
     "patch_labels": patch_labels_view,
+    "regions": regions_view,
     "encoders": _encoders,
     "segments": _segments,
     "indexes": _indexes,

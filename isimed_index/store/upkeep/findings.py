@@ -49,6 +49,7 @@ _REPAIRS_ARTEFACT = {
     "frame": "drops it; isimed index fits it again",
     "reference": "drops it; isimed register makes it again",
     "index": "drops it; isimed index builds it again",
+    "region": "drops them; isimed index pools them again",
     "tombstone": "drops the segments that it names, because what was deleted must not come back; isimed index encodes "
     "their scans again",
 }

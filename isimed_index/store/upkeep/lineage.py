@@ -3,7 +3,7 @@
 fitted anew in generation n ─▶ from what generation n held ─▶ extended in m ─▶ charts change, the template stays
 
 A chart tells whom it is of, a template does not: it outlives the charts of scans that were deleted. Only the history
-tells, as far as it reaches.
+tells, as far as it reaches. Regions are measured by the standard of the frame that they were made beside.
 """
 
 from __future__ import annotations
@@ -51,6 +51,20 @@ def _in_doubt(
         if segment.fields["encoder"] == encoder
         for part in parts_of(segment)
     )
+
+
+def regions_in_doubt(manifests: Mapping[int, Manifest], frames: Set[str]) -> set[str]:
+    """Paths of regions that were made beside one of some `frames`, or beside none that is known."""
+    seen: set[str] = set()
+    doubtful: set[str] = set()
+    for number in sorted(manifests):
+        for made in manifests[number].find("region"):
+            if made.path not in seen:
+                beside = _newest(manifests[number], made.fields["encoder"])
+                if beside is None or beside in frames:
+                    doubtful.add(made.path)
+            seen.add(made.path)
+    return doubtful
 
 
 def _newest(manifest: Manifest, encoder: str) -> str | None:

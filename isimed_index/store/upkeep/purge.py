@@ -3,11 +3,11 @@
     record ─▶ commit without the subject ─▶ expire every generation that names what holds something of it ─▶ collect
     ─▶ search what is left for its ids ─▶ remove the record ─▶ report
 
-Packed segments that hold rows of the subject, or rows of nobody, are written anew without them; frames and indexes that
-were made with them, or may have been, are dropped, and `isimed index` makes them again. So is a mean image that their
-voxels are averaged in, or an atlas that is a scan of theirs, with all transforms to it: `isimed register` makes these
-again. A purge that fails or is cut short at any point is finished by running it again: until the proof is done, a
-record in `tmp/` (see `unfinished`) tells what has to be gone.
+Packed segments that hold rows of the subject, or rows of nobody, are written anew without them; frames, indexes and
+regions that were made with them, or may have been, are dropped, and `isimed index` makes them again. So is a mean
+image that their voxels are averaged in, or an atlas that is a scan of theirs, with all transforms to it: `isimed
+register` makes these again. A purge that fails or is cut short at any point is finished by running it again: until the
+proof is done, a record in `tmp/` (see `unfinished`) tells what has to be gone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Erasure:
     generations: tuple[int, ...]  # that expired
     tags: tuple[str, ...]  # that named one of these
     leftovers: tuple[str, ...]  # removed from quarantine/ and tmp/
-    index_again: tuple[str, ...]  # encoders (card ids) whose frame or index was dropped
+    index_again: tuple[str, ...]  # encoders (card ids) whose frame, index or regions were dropped
     register_again: int  # references that the newest generation had before and has no more, nor transforms to them
     files_searched: int
     bytes_searched: int
@@ -219,8 +219,8 @@ def _without_subject(
     touched = {segment.encoder for segment in gone if segment.scan_artefact not in traces.their_voxels}
     derived = [
         made.path
-        for made in (*head.artefacts("frame"), *head.artefacts("index"))
-        if made.path in held or made.fields["encoder"] in touched
+        for made in head.manifest.artefacts
+        if made.kind in files.DERIVED and (made.path in held or made.fields["encoder"] in touched)
     ]
     voxels = {made.path for made in head.artefacts("scan") if made.path in held}
     return Proposal(
@@ -292,10 +292,10 @@ def _clear(storage: Storage) -> list[str]:
 
 
 def _without_derived(manifests: Mapping[int, Manifest], held: Set[str], now: Snapshot) -> set[str]:
-    """Encoders that are still there and have lost their frame or their index."""
+    """Encoders that are still there and have lost their frame, their index or their regions."""
     there = {made.fields["encoder"] for made in now.artefacts("encoder")}
     lost: set[str] = set()
-    for kind in ("frame", "index"):
+    for kind in files.DERIVED:
         gone = {
             made.fields["encoder"]
             for manifest in manifests.values()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from isimed_index.contracts import table_contract
 from isimed_index.errors import IsimedError
+from isimed_index.store.files import DERIVED
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import SCAN_COLUMNS, STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.transaction import Proposal
@@ -76,7 +77,7 @@ class Salvage:
             for made in before
             if (made.path in self.bad and made.kind != "encoder")
             or (made.kind == "scan" and made.path not in scans)
-            or (made.kind in ("frame", "index") and made.fields["encoder"] not in encoders)
+            or (made.kind in DERIVED and made.fields["encoder"] not in encoders)
         ]
         rewrite = {name: rows for name, rows in self.tables.items() if self._changed(name)}
         return Proposal(drop=drop, drop_segments=self.segments_lost(), rewrite=rewrite)
@@ -109,8 +110,8 @@ class Salvage:
         return sorted({self._name(part.scan_artefact) for part in self.segments_lost() if part.scan_artefact in kept})
 
     def index_again(self) -> list[str]:
-        """Encoders that have lost a frame or an index."""
-        derived = [*self.head.artefacts("frame"), *self.head.artefacts("index")]
+        """Encoders that have lost a frame, an index or regions."""
+        derived = [made for made in self.head.manifest.artefacts if made.kind in DERIVED]
         return sorted({made.fields["encoder"] for made in derived if made.path in self.bad})
 
     def lost_rows(self) -> dict[str, int]:

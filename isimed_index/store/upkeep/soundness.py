@@ -2,7 +2,7 @@
 
 tables ── rows, keys ── scans ↔ voxels ── segments ── encoders
                                              ├── tombstones name rows of them
-                                             └── indexes cover rows of them
+                                             └── indexes and regions cover rows of them
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from isimed_index.store.integrity import check_hash, check_size
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.place.faults import spare
 from isimed_index.store.place.storage import Storage
+from isimed_index.store.regions import read_regions
 from isimed_index.store.segment import LATTICE, Segment, check_segment, parts_of
 from isimed_index.store.snapshot import SCAN_COLUMNS, STORED_TABLES, Snapshot, StoredTable
 from isimed_index.store.upkeep.findings import Finding
@@ -230,6 +231,12 @@ def _index(sound: Soundness, artefact: Artefact) -> Iterator[Finding]:
     json.loads((sound.head.storage.fetch(artefact.path) / "index.json").read_text(encoding="utf-8"))
 
 
+def _region(sound: Soundness, artefact: Artefact) -> Iterator[Finding]:
+    yield from _made_by_known(sound, artefact)
+    check_coverage(artefact, sound.head.manifest.artefacts, sound.head.manifest.next_row_id)
+    read_regions(sound.head.storage.fetch(artefact.path))
+
+
 def _made_by_known(sound: Soundness, artefact: Artefact) -> Iterator[Finding]:
     if artefact.fields["encoder"] not in sound.known("encoder", "encoder"):
         message = f"a {artefact.kind} was made by an encoder that is not there"
@@ -257,6 +264,7 @@ _CHECKS: dict[str, Check] = {
     "encoder": _encoder,
     "frame": _frame,
     "index": _index,
+    "region": _region,
     "tombstone": _tombstone,
 }
 _FORMS = {  # what is said of an artefact that cannot be checked, by its kind
@@ -264,5 +272,6 @@ _FORMS = {  # what is said of an artefact that cannot be checked, by its kind
     "encoder": "encoder_mismatch",
     "frame": "frame_form",
     "index": "index_coverage",
+    "region": "region_form",
     "tombstone": "tombstone_damaged",
 }

@@ -1,7 +1,7 @@
 """Traces: everything in a store, in any generation, that holds something of one subject.
 
 rows of scans ─▶ ids, voxels, digests ─▶ segments (packed ones hold rows that nothing names) ─▶ row ids
-                                      └▶ labels, charts of frames, references                    └▶ indexes
+                                      └▶ labels, charts of frames, references                    └▶ indexes, regions
 
 What a collector took leaves holes in what the rows tell. So whatever no scan of somebody else accounts for is taken for
 the subject's: rows in packed segments, rows that an index covers, charts, voxels, and templates (see `lineage`).
@@ -24,7 +24,7 @@ from isimed_index.store.manifest import Artefact, Manifest
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.segment import PATCHES, ROW_IDS, parts_of
 from isimed_index.store.snapshot import SCAN_COLUMNS, Snapshot
-from isimed_index.store.upkeep.lineage import frames_in_doubt
+from isimed_index.store.upkeep.lineage import frames_in_doubt, regions_in_doubt
 from isimed_index.store.upkeep.soundness import CHARTS, read_piece
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Traces:
                 every.setdefault(made.path, []).append(made)
         theirs = _merged(_spans(manifests.values(), self.their_voxels))
         doubtful = frames_in_doubt(manifests, self.their_voxels)
+        doubtful |= regions_in_doubt(manifests, doubtful)
         return {path for path, entries in every.items() if path in doubtful or self._holds(storage, entries, theirs)}
 
     def _holds(self, storage: Storage, entries: Sequence[Artefact], theirs: NDArray[np.int64]) -> bool:
@@ -126,7 +127,7 @@ class Traces:
         made = entries[0]
         if made.kind == "scan":
             return made.path not in self.their_voxels
-        if made.kind == "index":
+        if made.kind in ("index", "region"):
             covers = np.array(made.fields["covers"], dtype=np.int64).reshape(-1, 2)
             return not _within(covers[:, 0], covers[:, 1], theirs)
         if made.kind == "reference":
