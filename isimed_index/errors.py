@@ -9,6 +9,7 @@
     ├── MissingExtra          (ImportError)        kind missing_extra      exit 1
     ├── TrainingDiverged      (ArithmeticError)    kind training_diverged  exit 1
     ├── SqlRefused            (ValueError)         kind sql_refused        exit 1
+    ├── WorkerFailed          (ConnectionError)    kind worker_failed      exit 1, 3 when it cost single scans
     ├── StoreNotFound         (FileNotFoundError)  kind store_not_found    exit 10
     ├── StoreFull             (OSError)            kind store_full         exit 1
     ├── StoreReadOnly         (PermissionError)    kind store_read_only    exit 1
@@ -102,6 +103,12 @@ class SqlRefused(IsimedError, ValueError):
     """A statement is not a read-only query, failed, or ran past its time or memory limit."""
 
     kind = "sql_refused"
+
+
+class WorkerFailed(IsimedError, ConnectionError):
+    """A worker died, could not write, or was lost with its scheduler; the scan that it was at may well be whole."""
+
+    kind = "worker_failed"
 
 
 class StoreNotFound(IsimedError, FileNotFoundError):

@@ -1,6 +1,6 @@
 """`index`: encode what is not encoded yet, give every scan a chart, build an index whose recall is measured.
 
-scans − committed tasks ─▶ encode (Dask) ─▶ commit every few scans ─▶ charts ─▶ commit ─▶ regions ─▶
+scans − committed tasks ─▶ encode ─▶ commit what has ended, while others go on ─▶ charts ─▶ commit ─▶ regions ─▶
     commit ─▶ index ─▶ commit
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from isimed_index.encode import (
     EncodeTask,
     Workers,
     choose_on,
-    encode_groups,
+    encode_batches,
     stride_in_voxels,
     task_key,
     workers,
@@ -47,7 +47,6 @@ from isimed_index.store.transaction import Proposal, Transaction
 if TYPE_CHECKING:
     from isimed_index.encoders.runtimes.trial import Job
 
-COMMIT_SCANS = 4  # scans encoded in one commit: what a kill can cost
 REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
 _NO_PATCH = ScanRefused(
     "no patch of it holds enough foreground to be encoded", next_step="use an encoder with smaller patches or spacing"
@@ -107,9 +106,9 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
                 report, options = _with_runtime(job, where, report, options, progress)
             progress.start("encode", len(todo), "scans")
             whole = _whole(head, todo, report)
-            tasks = _task_groups(transaction, whole, keys, directory, stride, options)
+            tasks = _tasks(whole, keys, directory, transaction.stage("segment"), stride, options)
             patches = 0
-            for results in encode_groups(tasks, where):
+            for results in encode_batches(tasks, where):
                 patches += _commit_segments(transaction, head, card, results, report)
                 progress.advance(len(results), f"{patches:,} patches")
             progress.finish()
@@ -198,35 +197,35 @@ def _whole(head: Snapshot, scans: Sequence[str], report: IndexReport) -> Iterato
             report.refused.append(Refusal.of(scan, error))
 
 
-def _task_groups(
-    transaction: Transaction,
+def _tasks(
     scans: Iterator[tuple[str, Path]],
     keys: Mapping[str, str],
     encoder: Path,
+    bench: Path,
     stride: int,
     options: IndexOptions,
-) -> Iterator[list[EncodeTask]]:
-    while group := list(islice(scans, COMMIT_SCANS)):
-        yield [
-            EncodeTask(
-                keys[scan],
-                scan,
-                str(voxels),
-                str(encoder),
-                str(transaction.stage("segment")),
-                stride,
-                options.device,
-                options.trust,
-                options.runtime,
-            )
-            for scan, voxels in group
-        ]
+) -> Iterator[EncodeTask]:
+    release = version("isimed-index")
+    for number, (scan, voxels) in enumerate(scans):
+        yield EncodeTask(
+            number,
+            keys[scan],
+            scan,
+            str(voxels),
+            str(encoder),
+            str(bench),
+            stride,
+            options.device,
+            options.trust,
+            options.runtime,
+            release,
+        )
 
 
 def _commit_segments(
     transaction: Transaction, head: Snapshot, card: EncoderCard, results: Sequence[Encoded], report: IndexReport
 ) -> int:
-    """Commit one group; a segment that another process committed meanwhile is left out. Returns the patches encoded."""
+    """Commit a batch; a segment that another process committed meanwhile is left out. Returns the patches encoded."""
     staged: list[Artefact] = []
     for result in results:
         if result.error is not None:
@@ -236,7 +235,9 @@ def _commit_segments(
             report.refused.append(Refusal.of(result.task.scan, _NO_PATCH))
             continue
         fields = {**result.fields, "scan_artefact": head.scan_row(result.task.scan)["artefact"]}
-        staged.append(transaction.add("segment", Path(result.task.segment), **fields))
+        folder = transaction.stage("segment")
+        Path(result.staged).rename(folder)  # from now on no worker knows where it is
+        staged.append(transaction.add("segment", folder, **fields))
         report.encoded.append(result.task.scan)
 
     def propose(now: Snapshot) -> Proposal:
@@ -269,7 +270,8 @@ def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progres
 
 def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
     """A frame with a chart of every encoded scan; None when the stored one is that already."""
-    segments = snapshot.segments_by_scan(card.id)
+    # By name: the order of rows is that in which scans were encoded, and a sum of floats depends on its order.
+    segments = dict(sorted(snapshot.segments_by_scan(card.id).items()))
     before = _stored_frame(snapshot, card)
     missing = [scan for scan in segments if before is None or scan not in before.charts]
     if not missing:

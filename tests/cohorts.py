@@ -123,6 +123,28 @@ def add_random_encoder(path: Path, name: str = "random", seed: int = 0) -> str:
     return card.id
 
 
+def shifted_heads(root: Path, count: int) -> Path:
+    """A store of so many heads, head n moved by (n, -n, 2 n) mm, and an encoder; nothing is indexed."""
+    template = head()
+    for n in range(count):
+        write_copy(root / "images", Copy(f"sub-{n:02d}", "RAS", rigid(shift=(n, -n, 2 * n))), template)
+    store = create(root / "cohort.isimed")
+    store.add(sorted((root / "images").glob("sub-??.nii.gz")))
+    add_random_encoder(store.path)
+    return store.path
+
+
+def segment_vectors(store: Path) -> dict[str, dict[str, bytes]]:
+    """By scan, every output of its segment, bit for bit, and where its patches are."""
+    snapshot = Repository.open(store).snapshot()
+    found = {}
+    for segment in snapshot.segments():
+        arrays = {name: segment.vectors(name) for name in segment.outputs}
+        arrays["lattice"] = np.stack([segment.patches([axis]).column(axis).to_numpy() for axis in "ijk"])
+        found[snapshot.scan_of[segment.scan_artefact]] = {name: y.tobytes() for name, y in arrays.items()}
+    return found
+
+
 @dataclass(frozen=True)
 class Cohort:
     """An indexed store of copies of one head, with the files that it was made from."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from isimed_index import encode
 from isimed_index.config import PretrainConfig
 from isimed_index.encode import (
-    MIN_FOREGROUND,
     Encoded,
     EncodeTask,
-    encode_groups,
-    encode_scan,
+    cluster,
+    encode_batches,
     encode_volume,
     grid_key,
     prepared,
@@ -28,12 +35,15 @@ from isimed_index.encode import (
     volume_lattice,
     workers,
 )
+from isimed_index.encode import scan as scan_module
+from isimed_index.encode.scan import encode_scan
+from isimed_index.encode.task import MIN_FOREGROUND, STARTS
 from isimed_index.encoders.card import read_card
 from isimed_index.encoders.networks import build_network
 from isimed_index.encoders.runtime import write_encoder
 from isimed_index.encoders.runtimes import exported
 from isimed_index.encoders.runtimes.kind import Runtime
-from isimed_index.errors import RuntimeMismatch, StoreDamaged, UsageError
+from isimed_index.errors import MissingExtra, RuntimeMismatch, StoreDamaged, StoreFull, UsageError, WorkerFailed
 from isimed_index.lattice import FILE, Standard
 from isimed_index.pretrain.trainer import new_card
 from isimed_index.scans.chunks import write_chunks
@@ -59,9 +69,10 @@ def ball(shape: tuple[int, int, int] = (24, 20, 28), radius: float = 9.0) -> np.
 
 
 def tasks(root: Path, count: int) -> list[EncodeTask]:
-    """Scans on disk, one small encoder, and an empty folder for each segment."""
-    encoder = root / "encoder"
+    """Scans on disk, one small encoder, and an empty bench, where it would be in a store."""
+    encoder, bench = root / "encoder", root / "segments" / "bench"
     encoder.mkdir()
+    bench.mkdir(parents=True)
     torch.manual_seed(0)
     card = new_card(PretrainConfig(width=2, embedding_dim=4, descriptor_dim=5), "test", "tiny")
     card = write_encoder(encoder, card, build_network(card.factory, card.outputs, card.network).state_dict())
@@ -69,11 +80,10 @@ def tasks(root: Path, count: int) -> list[EncodeTask]:
     for number in range(count):
         head = ball((36, 34, 38), 15.0)  # fills a fifth of a patch of 32
         scan = Scan(f"s{number}", (head * (number + 1)).astype(np.int16), AFFINE)
-        chunks, segment = root / f"{number}.zarr", root / f"segment-{number}"
+        chunks = root / f"{number}.zarr"
         write_chunks(scan, None, chunks)
-        segment.mkdir()
         key = task_key(scan.digest, card, 8)
-        made.append(EncodeTask(key, scan.id, str(chunks), str(encoder), str(segment), 8, "cpu"))
+        made.append(EncodeTask(number, key, scan.id, str(chunks), str(encoder), str(bench), 8, "cpu"))
     return made
 
 
@@ -156,7 +166,8 @@ def test_a_staged_segment_holds_patches_vectors_and_geometry(tmp_path: Path) -> 
     done = encode_scan(task)
     assert done.error is None
     assert done.task == task
-    staged = Path(task.segment)
+    staged = Path(done.staged)
+    assert [*Path(task.bench).iterdir()] == [staged]
     table = pq.read_table(staged / "patches.parquet")
     assert done.fields["rows"] == table.num_rows > 0
     assert done.fields["task"] == task.key
@@ -179,6 +190,7 @@ def test_a_damaged_scan_is_reported_not_raised(tmp_path: Path) -> None:
     assert done.fields == {}
     missing = encode_scan(replace(task, chunks=str(tmp_path / "gone.zarr")))
     assert isinstance(missing.error, StoreDamaged)
+    assert not any(Path(task.bench).iterdir())
 
 
 def test_a_damaged_encoder_or_a_missing_device_concerns_every_scan_and_is_raised(tmp_path: Path) -> None:
@@ -193,75 +205,143 @@ def test_a_damaged_encoder_or_a_missing_device_concerns_every_scan_and_is_raised
 # -- many tasks -----------------------------------------------------------------------------------------------------
 
 
-def vectors_of(task: EncodeTask) -> np.ndarray:
-    return np.load(Path(task.segment) / "descriptor.npy")
+def vectors_of(done: Encoded) -> np.ndarray:
+    return np.load(Path(done.staged) / "descriptor.npy")
 
 
-def encoded(group: list[EncodeTask], scheduler: str = "threads") -> list[Encoded]:
-    """One group, encoded on workers of its own."""
+def encoded(tasks: list[EncodeTask], scheduler: str = "threads") -> list[Encoded]:
+    """All of them, encoded on workers of their own, in their order."""
     with workers(scheduler) as where:
-        return next(encode_groups(iter([group]), where))
+        results = [done for batch in encode_batches(iter(tasks), where) for done in batch]
+    return sorted(results, key=lambda done: done.task.number)
 
 
-def test_groups_are_encoded_one_after_another(tmp_path: Path) -> None:
-    made = tasks(tmp_path, 3)
-    asked: list[int] = []
-
-    def groups():
-        for group in (made[:2], made[2:]):
-            asked.append(len(group))
-            yield group
-
-    with workers() as where:
-        results = encode_groups(groups(), where)
-        first = next(results)
-        assert asked == [2]  # the second group is asked for when the first has been committed
-        assert [done.task.scan for done in first] == ["s0", "s1"]
-        assert [done.task.scan for done in next(results)] == ["s2"]
-        assert next(results, None) is None
-
-
-def test_a_damaged_scan_does_not_stop_its_group(tmp_path: Path) -> None:
+def test_a_damaged_scan_does_not_stop_the_others(tmp_path: Path) -> None:
     made = tasks(tmp_path, 2)
     broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"))
     results = encoded([broken, made[1]])
     assert [type(done.error) for done in results] == [StoreDamaged, type(None)]
-    assert len(vectors_of(made[1]))
+    assert len(vectors_of(results[1]))
 
 
 def test_two_segments_of_one_content_are_both_written(tmp_path: Path) -> None:
     """Copies of a scan have the same task key; each result must still be about its own segment."""
     task, other = tasks(tmp_path, 2)
-    twin = replace(task, scan="copy", segment=other.segment)
+    twin = replace(task, scan="copy", number=other.number)
     results = encoded([task, twin])
     assert [done.task for done in results] == [task, twin]
-    np.testing.assert_array_equal(vectors_of(task), vectors_of(twin))
+    assert results[0].staged != results[1].staged
+    np.testing.assert_array_equal(*map(vectors_of, results))
+
+
+def test_a_worker_whose_disk_is_full_costs_its_scan_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks(tmp_path, 1)[0]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        done = encode_scan(task)
+    assert isinstance(done.error, StoreFull)
+    assert "isimed gc" in done.error.next_step
+    assert not any(Path(task.bench).iterdir())
+    monkeypatch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+    done = encode_scan(task)
+    assert isinstance(done.error, WorkerFailed)
+    assert platform.node() in str(done.error)
+    assert str(tmp_path) not in str(done.error)
+
+
+def test_a_worker_without_the_stores_folder_or_of_another_version_says_so(tmp_path: Path) -> None:
+    task = tasks(tmp_path, 1)[0]
+    elsewhere = encode_scan(replace(task, bench=str(tmp_path / "segments" / "not mounted")))
+    assert isinstance(elsewhere.error, WorkerFailed)
+    assert "mount the store there" in elsewhere.error.next_step
+    other = encode_scan(replace(task, version="0.0.1"))
+    assert isinstance(other.error, WorkerFailed)
+    assert "expected isimed-index 0.0.1" in str(other.error)
+    assert encode_scan(replace(task, version=version("isimed-index"))).error is None
+
+
+def test_an_attempt_that_begins_once_too_often_is_not_made(tmp_path: Path) -> None:
+    """Each beginning is on disk before anything can kill it, and taken back when it ends."""
+    task = tasks(tmp_path, 1)[0]
+    mark = Path(task.bench) / "0.begun"
+    mark.write_bytes(b"." * (STARTS - 1))
+    assert encode_scan(task).error is None
+    assert not mark.exists()
+    mark.write_bytes(b"." * STARTS)
+    done = encode_scan(task)
+    assert isinstance(done.error, WorkerFailed)
+    assert (done.suspect, done.staged) == (True, "")
+    assert encode_scan(replace(task, starts=STARTS + 1)).error is None
+
+
+def test_passes_of_the_network_take_turns_and_few_scans_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tasks(tmp_path, 6)
+    now = {"scans": 0, "passes": 0}
+    most = dict(now)
+
+    def counted(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with lock:
+                now[kind] += 1
+                most[kind] = max(most[kind], now[kind])
+            time.sleep(0.02)
+            try:
+                return work(*arguments)
+            finally:
+                with lock:
+                    now[kind] -= 1
+
+        return call
+
+    lock = threading.Lock()
+    monkeypatch.setattr(scan_module, "encode_grid", counted("passes", scan_module.encode_grid))
+    monkeypatch.setattr(scan_module, "_attempt", counted("scans", scan_module._attempt))
+    with ThreadPoolExecutor(6) as threads:  # as many as a large Dask worker may have
+        assert all(done.error is None for done in threads.map(encode_scan, made))
+    assert most == {"scans": 2, "passes": 1}
 
 
 def test_an_unknown_scheduler_is_refused() -> None:
-    with pytest.raises(UsageError, match="threads, processes or an address"), workers("cluster"):
+    with pytest.raises(UsageError, match="threads, processes, processes:N, cuda or an address"), workers("cluster"):
         pass
+    for count in ("", "0", "-1", "two"):
+        with pytest.raises(UsageError, match="a number of processes"), workers(f"processes:{count}"):
+            pass
+
+
+def test_gpus_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    with pytest.raises(MissingExtra, match="dask-cuda") as missing, workers("cuda"):
+        pass
+    assert "pip install dask-cuda" in missing.value.next_step
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_CONNECT_S", 0.3)
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.3)
     for address in ("tcp://127.0.0.1:1", "nonsense://x:1"):
         with pytest.raises(UsageError, match="no Dask scheduler"), workers(address):
             pass
 
 
 def test_processes_give_what_threads_give(tmp_path: Path) -> None:
-    made = tasks(tmp_path, 1)
-    encoded(made)
-    elsewhere = tmp_path / "again"
-    elsewhere.mkdir()
-    again = replace(made[0], segment=str(elsewhere))
-    broken = replace(made[0], chunks=str(tmp_path / "gone.zarr"), segment=str(tmp_path))
-    results = encoded([again, broken], "processes")
-    assert [type(done.error) for done in results] == [type(None), StoreDamaged]
-    assert results[1].error is not None
-    assert results[1].error.next_step == "restore the store from a backup, or add the file to a new one"
-    np.testing.assert_array_equal(vectors_of(made[0]), vectors_of(again))
+    made = tasks(tmp_path, 2)
+    torch.set_num_threads(cluster._cores())  # bits depend on the number of threads of a pass
+    here = encoded(made)
+    broken = replace(made[0], number=2, chunks=str(tmp_path / "gone.zarr"))
+    there = encoded([*made, broken], "processes:1")
+    assert [type(done.error) for done in there] == [type(None), type(None), StoreDamaged]
+    assert there[2].error is not None
+    assert there[2].error.next_step == "restore the store from a backup, or add the file to a new one"
+    for one, other in zip(here, there, strict=False):
+        np.testing.assert_array_equal(vectors_of(one), vectors_of(other))
 
 
 # -- runtimes -------------------------------------------------------------------------------------------------------
@@ -275,29 +355,24 @@ def openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return Runtime("openvino")
 
 
-def elsewhere(task: EncodeTask, folder: Path, runtime: Runtime) -> EncodeTask:
-    """The same task in another runtime, with another place for its segment."""
-    folder.mkdir()
-    return replace(task, segment=str(folder), runtime=runtime)
-
-
 def test_workers_use_the_runtime_of_their_task_and_say_so(tmp_path: Path, openvino: Runtime) -> None:
-    by_torch = replace(tasks(tmp_path, 1)[0], runtime=Runtime("torch"))
-    others = [elsewhere(by_torch, tmp_path / name, openvino) for name in "abc"]
-    results = encoded([by_torch, *others[:2]]) + encoded(others[2:], "processes")
-    assert [done.fields["runtime"]["name"] for done in results] == ["torch", *["openvino"] * 3]
-    assert all(done.fields["runtime"]["version"] and done.fields["runtime"]["precision"] == "fp32" for done in results)
+    task = tasks(tmp_path, 1)[0]
+    torch.set_num_threads(cluster._cores())
+    made = [replace(task, number=n, runtime=runtime) for n, runtime in enumerate([Runtime("torch"), *[openvino] * 3])]
+    by_torch, *others = encoded(made[:3]) + encoded(made[3:], "processes:1")
+    assert [done.fields["runtime"]["name"] for done in (by_torch, *others)] == ["torch", *["openvino"] * 3]
+    assert all(done.fields["runtime"]["version"] and done.fields["runtime"]["precision"] == "fp32" for done in others)
     first = vectors_of(others[0])
-    for task in others[1:]:  # another thread, another process: the same bits
-        np.testing.assert_array_equal(vectors_of(task), first)
+    for done in others[1:]:  # another thread, another process: the same bits
+        np.testing.assert_array_equal(vectors_of(done), first)
     scale = np.abs(vectors_of(by_torch)).max()
     np.testing.assert_allclose(first, vectors_of(by_torch), rtol=0, atol=1e-3 * scale)  # float16
-    exact = [np.load(Path(task.segment) / "position.npy") for task in (by_torch, others[0])]
+    exact = [np.load(Path(done.staged) / "position.npy") for done in (by_torch, others[0])]
     np.testing.assert_allclose(exact[1], exact[0], rtol=0, atol=1e-5 * np.abs(exact[0]).max())
 
 
 def test_a_runtime_with_other_answers_concerns_every_scan_and_is_raised(tmp_path: Path, openvino: Runtime) -> None:
-    task = elsewhere(tasks(tmp_path, 1)[0], tmp_path / "a", openvino)
+    task = replace(tasks(tmp_path, 1)[0], runtime=openvino)
     card = json.loads((Path(task.encoder) / "card.json").read_text())
     torch.manual_seed(9)
     other = build_network(card["factory"], {name: y["dim"] for name, y in card["outputs"].items()}, card["network"])
@@ -306,4 +381,4 @@ def test_a_runtime_with_other_answers_concerns_every_scan_and_is_raised(tmp_path
     exported._keep(tmp_path / "cache/isimed-index/graphs" / name, graph)
     with pytest.raises(RuntimeMismatch, match="runtime openvino does not give the vectors"):
         encode_scan(task)
-    assert not list(Path(task.segment).iterdir())
+    assert not any(Path(task.bench).iterdir())

@@ -11,8 +11,9 @@ import pytest
 from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
 
 import isimed_index as isi
-from isimed_index import encode, indexing
+from isimed_index import indexing
 from isimed_index.api import Store
+from isimed_index.encode import cluster
 from isimed_index.encoders.runtimes.kind import Runtime
 from isimed_index.encoders.runtimes.trial import Choice, Job
 from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
@@ -391,7 +392,7 @@ def test_a_long_job_has_one_trial_and_says_what_it_found(fresh: Store, monkeypat
         asked.append(job)
         return Choice(Runtime("openvino"), {"torch": 100.0, "openvino": 230.0}, {"onnx": "it fails"})
 
-    monkeypatch.setattr(encode, "_choose", tried)
+    monkeypatch.setattr(cluster, "_choose", tried)
     with pytest.warns(IsimedWarning, match="runtime onnx is left aside: it fails"):
         report = fresh.index(where=TWO)
     assert (report.runtime, report.trial_patches_per_s) == ("openvino", {"torch": 100.0, "openvino": 230.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohorts import Copy, add_random_encoder, head, rigid, write_copy
+from cohorts import segment_vectors, shifted_heads
 
 import isimed_index as isi
 from isimed_index.store.repository import Repository
@@ -34,13 +35,7 @@ def isimed(*arguments: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Twelve heads and an encoder, nothing indexed."""
-    template = head()
-    for n in range(SCANS):
-        write_copy(tmp_path / "images", Copy(f"sub-{n:02d}", "RAS", rigid(shift=(n, -n, 2 * n))), template)
-    cohort = isi.create(tmp_path / "cohort.isimed")
-    cohort.add(sorted((tmp_path / "images").glob("sub-??.nii.gz")))
-    add_random_encoder(cohort.path)
-    return cohort.path
+    return shifted_heads(tmp_path, SCANS)
 
 
 def segments(store: Path) -> list[str]:
@@ -49,6 +44,7 @@ def segments(store: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals):
+    untouched = shutil.copytree(store, store.with_name("untouched.isimed"))
     process = isimed("index", "-s", str(store), "--no-progress")
     deadline = time.monotonic() + 60
     while not segments(store) and process.poll() is None and time.monotonic() < deadline:
@@ -74,6 +70,8 @@ def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals)
     assert sorted(report["skipped"]) == sorted(of[segment.scan_artefact] for segment in whole[: len(kept)])
     assert len(report["encoded"]) == SCANS - len(kept)
     assert len({segment.task for segment in whole}) == len(whole) == SCANS
+    isi.open(untouched).index()
+    assert segment_vectors(store) == segment_vectors(untouched)
 
     after.refresh()
     found = after.lookup([10, 20, 30], "sub-00", k=SCANS)

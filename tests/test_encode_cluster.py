@@ -1,0 +1,181 @@
+"""`index` on a Dask cluster of real processes, of which some are killed: what dies costs only what it was at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from clusters import Processes, processes, two_networks, wait_for
+from cohorts import segment_vectors, shifted_heads
+
+import isimed_index as isi
+from isimed_index.store.repository import Repository
+
+SCANS = 10
+FIRST = "scan < 'sub-05'"  # as a condition
+
+# What a worker runs first; `before` comes between a beginning, when it is on disk, and what is begun.
+_COUNTING = """
+import os, signal, time
+from pathlib import Path
+from isimed_index.encode import scan
+
+calls = []
+
+def mark(path, task, plain=scan._mark):
+    begun = plain(path, task)
+    if begun < task.starts:
+        calls.append(task.scan)
+        before(task)
+    return begun
+
+if scan._mark.__module__ == scan.__name__:  # Dask runs this file twice
+    scan._mark = mark
+"""
+SOUND = _COUNTING + "before = lambda task: None"
+# Never ends a scan, and says that it is at one.
+HANGS = (
+    _COUNTING
+    + """
+def before(task):
+    Path("busy").touch()
+    time.sleep(1000)
+"""
+)
+# As a scan would that needs more memory than there is.
+DIES = (
+    _COUNTING
+    + """
+def before(task):
+    if task.scan == "sub-03":
+        with open("deaths", "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+# Takes as many scans as the file `hold` says, as long as there is one.
+HOLDS = (
+    _COUNTING
+    + """
+def before(task):
+    number, hold = len(calls), Path("hold")
+    while hold.exists() and number > int(hold.read_text() or 0):
+        time.sleep(0.02)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with ten scans and an encoder."""
+    return shifted_heads(tmp_path_factory.mktemp("heads"), SCANS)
+
+
+@pytest.fixture(scope="module")
+def expected(heads: Path) -> dict[str, dict[str, bytes]]:
+    """The vectors that threads of one process give; with as many threads for a pass as the workers have."""
+    store, threads = shutil.copytree(heads, heads.with_name("threads.isimed")), torch.get_num_threads()
+    torch.set_num_threads(2)
+    isi.open(store).index()
+    torch.set_num_threads(threads)
+    return segment_vectors(store)
+
+
+@pytest.fixture
+def store(heads: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(heads, tmp_path / "store.isimed"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Processes]:
+    """Somewhere to start processes; workers that are far are behind another network, where this machine allows that."""
+    with ExitStack() as stack:
+        try:
+            networks = stack.enter_context(two_networks())
+        except OSError as error:  # no `ip` here, or not ours to use
+            print(f"all on one network: {error}")
+            networks = ()
+        yield stack.enter_context(processes(tmp_path / "run", networks))
+
+
+def index(ours: Processes, store: Path, address: str, *options: str):
+    return ours.isimed("index", "-s", str(store), "--scheduler", address, "--no-progress", "--json", *options)
+
+
+def first_of(vectors: dict) -> dict:
+    return {scan: y for scan, y in vectors.items() if scan < "sub-05"}
+
+
+def committed(store: Path) -> list[str]:
+    snapshot = Repository.open(store).snapshot()
+    return [snapshot.scan_of[segment.scan_artefact] for segment in snapshot.segments()]
+
+
+def test_a_worker_that_is_killed_costs_nothing(cluster: Processes, store: Path, expected: dict) -> None:
+    _, address = cluster.scheduler()
+    killed = cluster.worker(address, HANGS, "--no-nanny")
+    cluster.worker(address, SOUND, "--no-nanny", far=True)
+    run = index(cluster, store, address, "--where", FIRST)
+    wait_for((cluster.folder / "busy").exists)
+    os.killpg(killed.pid, signal.SIGKILL)
+    output, errors = run.communicate(timeout=100)
+    assert run.returncode == 0, errors
+    report = json.loads(output)
+    assert sorted(report["encoded"]) == sorted(committed(store)) == ["sub-00", "sub-01", "sub-02", "sub-03", "sub-04"]
+    assert segment_vectors(store) == first_of(expected)
+    assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempt that was cut short
+
+
+def test_a_scan_that_kills_its_workers_is_refused_and_the_rest_is_encoded(
+    tmp_path: Path, store: Path, expected: dict
+) -> None:
+    with processes(tmp_path / "run") as ours:
+        _, address = ours.scheduler()
+        ours.worker(address, DIES)  # its nanny starts it again
+        run = index(ours, store, address, "--where", FIRST)
+        output, errors = run.communicate(timeout=200)
+        assert run.returncode == 3, errors
+        assert json.loads(output)["refused"] == ["sub-03"]
+        assert "its worker was ended each time" in errors
+        assert "give each worker more memory" in errors
+        assert (ours.folder / "deaths").read_text() == "xxx"  # and no more
+    assert segment_vectors(store) == {scan: y for scan, y in first_of(expected).items() if scan != "sub-03"}
+
+
+def test_coordinator_and_scheduler_may_die_and_what_was_committed_stays(
+    tmp_path: Path, store: Path, expected: dict
+) -> None:
+    with processes(tmp_path / "run") as ours:
+        hold = ours.folder / "hold"
+        hold.write_text("4")
+        scheduler, address = ours.scheduler()
+        ours.worker(address, HOLDS, "--no-nanny")
+        first = index(ours, store, address)
+        wait_for(lambda: len(committed(store)) == 4)
+        os.killpg(first.pid, signal.SIGKILL)
+        kept = committed(store)
+
+        hold.write_text("10")  # two that were begun for the first one, and four
+        second = index(ours, store, address)
+        wait_for(lambda: len(committed(store)) == 8)
+        os.killpg(scheduler.pid, signal.SIGKILL)
+        _, errors = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert "error[worker_failed]: the connection to the Dask scheduler was lost" in errors
+        assert "give the same command again" in errors
+        assert "Traceback" not in errors
+        assert committed(store)[:4] == kept
+
+    kept = committed(store)
+    torch.set_num_threads(2)
+    report = isi.open(store).index()
+    assert sorted(report.skipped) == sorted(kept)
+    assert len(report.encoded) == SCANS - len(kept)
+    assert segment_vectors(store) == expected
