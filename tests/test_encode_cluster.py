@@ -106,7 +106,9 @@ def cluster(tmp_path: Path) -> Iterator[Processes]:
 
 
 def index(ours: Processes, store: Path, address: str, *options: str):
-    return ours.isimed("index", "-s", str(store), "--scheduler", address, "--no-progress", "--json", *options)
+    return ours.isimed(
+        "index", "-s", str(store), "--scheduler", address, "--no-progress", "--json", "--runtime", "torch", *options
+    )
 
 
 def first_of(vectors: dict) -> dict:

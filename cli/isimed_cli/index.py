@@ -23,7 +23,11 @@ def index(
     ] = None,
     where: WhereOption = None,
     scheduler: Annotated[
-        str, typer.Option(metavar="threads|processes|ADDRESS", help="Where Dask encodes.")
+        str,
+        typer.Option(
+            metavar="threads|processes[:N]|cuda|ADDRESS",
+            help="Who encodes: this process, N others, one for each GPU, or the workers of a Dask scheduler.",
+        ),
     ] = "threads",
     device: DeviceOption = "auto",
     runtime: Annotated[

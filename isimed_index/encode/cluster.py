@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from isimed_index.encode.scan import AT_ONCE
-from isimed_index.errors import IsimedError, MissingExtra, UsageError, WorkerFailed
+from isimed_index.errors import IsimedError, IsimedWarning, MissingExtra, UsageError, WorkerFailed
 
 if TYPE_CHECKING:
     from isimed_index.encoders.runtimes.trial import Choice, Job
@@ -155,7 +156,10 @@ def workers(scheduler: str = "threads") -> Iterator[Workers]:
             yield Cluster(client, max(1, _cores() // processes))
     elif ":" in scheduler:
         with _connected(scheduler) as client:
-            yield Cluster(client)
+            cluster = Cluster(client)
+            if not cluster.places():
+                warnings.warn("the Dask scheduler has no workers yet; waiting for some", IsimedWarning, stacklevel=3)
+            yield cluster
     else:
         raise UsageError(
             f"expected the scheduler threads, processes, processes:N, cuda or an address, found {scheduler!r}",
@@ -207,7 +211,9 @@ def _processes(count: int) -> Any:
     """Processes of this machine; each computes one scan while it reads another."""
     from distributed import LocalCluster
 
-    return LocalCluster(n_workers=count, threads_per_worker=AT_ONCE, dashboard_address=None)
+    return LocalCluster(
+        n_workers=count, threads_per_worker=AT_ONCE, dashboard_address=None, silence_logs=logging.CRITICAL
+    )
 
 
 def _gpu_processes() -> Any:
