@@ -322,7 +322,7 @@ class Store:
         """Encode every patch of the scans that `where` keeps, fit the canonical frame and build the index.
 
         Scans that are encoded already are skipped; every few scans are committed, so that an interruption costs little.
-        `scheduler` is threads, processes, processes:N, cuda (a process for each GPU), or the address of a Dask scheduler.
+        `scheduler` is threads, processes, processes:N, cuda (a process for each GPU) or a Dask scheduler's address.
         `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first. `runtime` is
         torch, openvino or onnx, or `auto`: on a CPU the fastest that a short trial finds. `precision` is fp32 or bf16;
         scans that are encoded in the other one are encoded again.
