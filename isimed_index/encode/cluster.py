@@ -211,7 +211,7 @@ def _quiet() -> Iterator[None]:
 def _processes(count: int, cores: int) -> Any:
     """Processes of this machine with so many cores each; one with several computes a scan while it reads another.
 
-    On a single core the two would take turns at it, and at the interpreter's lock: measured, slower by a fifth and more.
+    On a single core the two would take turns at it, and at the interpreter's lock: a fifth slower, and more.
     """
     from distributed import LocalCluster
 
