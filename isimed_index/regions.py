@@ -121,7 +121,8 @@ def pool_segment(segment: Segment, card: EncoderCard, standard: Standard) -> Sto
     """The vector of a scan, then those of its labels, rising, that have at least `LEAST_WEIGHT`."""
     import pyarrow as pa
 
-    foreground = segment.patches(["foreground"])["foreground"].to_numpy().astype(np.float64)
+    told = segment.patches(["foreground"])["foreground"].to_numpy().astype(np.float64)
+    foreground = np.where(np.isfinite(told) & (told > 0), told, 0)  # other programs' may be anything in older stores
     labels, weights = _weights(segment, foreground)  # (g,), (g, n)
     pooled: Pooled = pool(segment.vectors(card.match_output), weights, standard.unit)
     total = np.asarray(weights.sum(axis=1)).ravel()

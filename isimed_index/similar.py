@@ -8,6 +8,8 @@ There are few vectors (scans times labels), so there is no index. Only stored ve
 from __future__ import annotations
 
 import difflib
+import operator
+import re
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "mean_sd"]
 _COLUMNS = ("scan", "subject", "label", "name", "distance", "patches")
 _LISTED = 3  # names in an error
+_WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
+_LEAST_LENGTH = 1e-12  # of a pooled vector that points anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
     """Distances (m,) between one row and others.
 
     `mean`: the card's, of means that are put back on the unit sphere: 1 - cosine, or Euclidean in the encoder's units.
-    `mean_sd`: 1 - cosine of mean ‖ sd.
+    `mean_sd`: 1 - cosine of mean ‖ sd. Where vectors cancel out or are zero the cosine is 0, as in lookups.
     """
     rows = np.concatenate([[asked], others])
     if pooling == "mean_sd":
@@ -89,8 +93,11 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
         return np.asarray(np.linalg.norm(raw[1:] - raw[0], axis=1))
     else:
         x = regions.mean[rows].astype(np.float64)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.asarray(((x[1:] - x[0]) ** 2).sum(axis=1) / 2)  # of unit vectors 1 - cosine, exact also where it is small
+    length = np.linalg.norm(x, axis=1)
+    points = length > _LEAST_LENGTH
+    x /= np.where(points, length, 1)[:, None]
+    away = ((x[1:] - x[0]) ** 2).sum(axis=1) / 2  # of unit vectors 1 - cosine, exact also where it is small
+    return np.where(points[1:] & points[0], away, 1.0)
 
 
 def _regions(snapshot: Snapshot, card: EncoderCard, scan: str) -> StoredRegions:
@@ -148,22 +155,29 @@ def _number(snapshot: Snapshot, scan: str, label: str | int) -> int:
         raise UsageError(f"labels {listed} of scan {scan!r} are all called {label!r}", next_step="give the number")
     if called:
         return int(called[0])
-    if (isinstance(label, int) or label.strip().isdecimal()) and int(label) in numbers:
-        return int(label)
+    if (number := _as_number(label)) is not None and number in numbers:
+        return number
     raise NotFound(
         f"scan {scan!r} has no label {label!r}{_nearest(label, numbers, names)}",
         next_step=f"isimed sql \"SELECT label, name FROM labels WHERE scan = '{scan}'\"",
     )
 
 
+def _as_number(label: str | int) -> int | None:
+    """The number that a label is, also one of NumPy's, or that a text shows; None for a name."""
+    if isinstance(label, str):
+        return int(label) if _WHOLE.fullmatch(label.strip()) else None
+    return operator.index(label)
+
+
 def _nearest(label: str | int, numbers: Sequence[int], names: Sequence[str | None]) -> str:
     """Which labels were perhaps meant."""
-    if isinstance(label, int) or label.strip().isdecimal():
-        near = sorted(numbers, key=lambda number: (abs(number - int(label)), number))[:_LISTED]
+    if (asked := _as_number(label)) is not None:
+        near = sorted(numbers, key=lambda number: (abs(number - asked), number))[:_LISTED]
         return f"; the nearest are {', '.join(map(str, near))}"
     folded = {name.casefold(): name for name in names if name is not None}
-    asked = label.casefold()
-    close = difflib.get_close_matches(asked, folded, n=_LISTED) or [name for name in folded if asked in name][:_LISTED]
+    text = str(label).casefold()
+    close = difflib.get_close_matches(text, folded, n=_LISTED) or [name for name in folded if text in name][:_LISTED]
     if close:
         return f"; did you mean {' or '.join(repr(folded[name]) for name in close)}?"
     return "" if folded else "; its labels have numbers and no names"

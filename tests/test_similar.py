@@ -19,8 +19,8 @@ from isimed_index import regions as pooled_anew
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.frame import read_frame
-from isimed_index.similar import distances
-from isimed_index.store.regions import MEAN, described, living_regions, read_regions
+from isimed_index.similar import Pooling, distances
+from isimed_index.store.regions import MEAN, StoredRegions, described, living_regions, read_regions
 from isimed_index.store.transaction import Proposal
 
 ASKED, TWIN = COPIES[0].stem, COPIES[1].stem
@@ -107,6 +107,17 @@ def test_distances_are_those_of_the_definition(whole: Store, label: int | None):
             assert row["distance"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "mean_sd"])
+def test_vectors_without_a_direction_are_like_nothing(pooling: Pooling):
+    """1 - cosine is 1, as in lookups: less like than all that point anywhere near, also one another."""
+    mean = np.array([[1, 0], [0.6, 0.8], [0, 0], [0, 0]], np.float32)
+    sd = np.zeros_like(mean)
+    made = {"metric": "cosine", "centre": [0.0, 0.0], "scale": 1.0}
+    stored = StoredRegions(pa.table({"segment": [0, 1, 2, 3]}), mean, sd, made)
+    np.testing.assert_allclose(distances(stored, 0, np.array([1, 2]), pooling), [0.4, 1.0], atol=1e-6)
+    np.testing.assert_allclose(distances(stored, 2, np.array([0, 3]), pooling), [1.0, 1.0])
+
+
 def test_the_head_with_less_of_it_is_the_least_like(whole: Store):
     found = whole.similar(ASKED, same_subject="include")
     assert found["scan"][-1].as_py() == CROPPED.stem
@@ -128,8 +139,8 @@ def test_which_scans_may_answer(whole: Store):
     assert whole.similar(ASKED, k=2).equals(whole.similar(ASKED).slice(0, 2))
 
 
-@pytest.mark.parametrize("label", [WHITE, "white matter", "4"])
-def test_a_region_by_name_or_number(whole: Store, label: str | int):
+@pytest.mark.parametrize("label", [WHITE, "white matter", "4", np.int32(WHITE)])
+def test_a_region_by_name_or_number(whole: Store, label: Any):
     found = whole.similar(ASKED, label)
     assert set(found["label"].to_pylist()) == {WHITE}
     assert set(found["name"].to_pylist()) == {"white matter"}
@@ -181,6 +192,8 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
         whole.similar(ASKED, "White Mater")
     with pytest.raises(NotFound, match="no label 99; the nearest are"):
         whole.similar(ASKED, 99)
+    with pytest.raises(NotFound, match="no label '-1'; the nearest are"):
+        whole.similar(ASKED, "-1")
     with pytest.raises(NotFound, match="no scan 'sub-99'"):
         whole.similar("sub-99")
     for wrong in ({"k": 0}, {"pooling": "max"}, {"same_subject": "all"}):

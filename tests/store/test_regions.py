@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import store_builders
 from store_builders import (
     ENCODER,
     OTHER_ENCODER,
@@ -17,10 +19,14 @@ from store_builders import (
     encode_again,
     flip,
     orphans,
+    patch_rows,
     whole_store,
 )
 
+from isimed_index.encoders.card import EncoderCard
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
+from isimed_index.lattice import Standard
+from isimed_index.regions import pool_segment
 from isimed_index.store import integrity
 from isimed_index.store.regions import MADE, MEAN, ROWS, StoredRegions, living_regions, read_regions, write_regions
 from isimed_index.store.repository import Repository
@@ -105,6 +111,27 @@ def test_compaction_and_collection_change_nothing(repository: Repository):
 def test_a_scan_that_is_encoded_again_has_none_until_it_is_pooled(repository: Repository):
     encode_again(repository, SECOND, 5, seed=3)  # as many patches as before
     assert shown(repository) == both(FIRST)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -3.0])
+def test_patches_without_a_share_of_foreground_do_not_count(
+    repository: Repository, odd: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Stores of earlier versions may hold what another program gave for it."""
+    shares = pa.array([odd, 0.5, 0.5, 0.25, odd], pa.float32())
+    rows = patch_rows(SECOND, 5)
+    rows = rows.set_column(rows.column_names.index("foreground"), "foreground", shares)
+    monkeypatch.setattr(store_builders, "patch_rows", lambda *_: rows)
+    encode_again(repository, SECOND, 5, seed=3)
+    head = repository.snapshot()
+    segment = head.segments_by_scan(ENCODER)[SECOND]
+    card = EncoderCard("toy", "toy", {}, "", 4, 2, 2.0, {"descriptor": 4}, "descriptor", "cosine", training={})
+    standard = Standard("cosine", np.zeros(4, np.float32), 1.0)
+    found = pool_segment(segment, card, standard)
+    unit = standard.unit(segment.vectors("descriptor"))
+    np.testing.assert_allclose(found.mean[0], np.array([0, 0.5, 0.5, 0.25, 0]) / 1.25 @ unit, atol=1e-6)
+    assert found.rows["weight"][0].as_py() == 1.25
+    assert found.rows["foreground"].to_pylist() == pytest.approx([0.45, 0.25, 0.25])
 
 
 def test_a_deleted_encoder_takes_its_vectors_along(repository: Repository):
