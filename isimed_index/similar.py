@@ -11,7 +11,7 @@ import difflib
 import operator
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,7 +24,9 @@ from isimed_index.matches import SameSubject
 from isimed_index.pooling import Pooled
 from isimed_index.regions import LEAST_WEIGHT, standard_of
 from isimed_index.store.regions import StoredRegions, described, living_regions
+from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.sql.patches import label_rows, tells_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +64,10 @@ def similar(snapshot: Snapshot, scan: str, likeness: Likeness, encoder: str | No
     """
     subject = snapshot.scan_row(scan)["subject"]
     card = read_card(snapshot.encoder_path(encoder))
-    regions = _regions(snapshot, card, scan)
+    segments = snapshot.segments_by_scan(card.id)
+    regions = _regions(snapshot, card, segments, scan)
     rows = described(snapshot, card.id, regions.rows)
-    asked = _asked(snapshot, rows, scan, likeness.label)
+    asked = _asked(snapshot, rows, segments[scan], likeness.label)
     scans = snapshot.matching("scans", likeness.where)
     others = {
         other: whose
@@ -100,9 +103,8 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
     return np.where(points[1:] & points[0], away, 1.0)
 
 
-def _regions(snapshot: Snapshot, card: EncoderCard, scan: str) -> StoredRegions:
+def _regions(snapshot: Snapshot, card: EncoderCard, segments: Mapping[str, Segment], scan: str) -> StoredRegions:
     """The encoder's regions that hold, if the scan's are among them."""
-    segments = snapshot.segments_by_scan(card.id)
     if scan not in segments or not segments[scan].rows:
         raise NotFound(f"scan {scan!r} is not encoded by {card.name!r}", next_step="isimed index")
     regions = living_regions(snapshot, card.id)
@@ -120,15 +122,22 @@ def _regions(snapshot: Snapshot, card: EncoderCard, scan: str) -> StoredRegions:
     return regions
 
 
-def _asked(snapshot: Snapshot, rows: pa.Table, scan: str, label: str | int | None) -> int:
-    """The row of the scan, or of its region of that name or number."""
+def _asked(snapshot: Snapshot, rows: pa.Table, segment: Segment, label: str | int | None) -> int:
+    """The row of a segment's scan, or of its region of that name or number."""
     import pyarrow.compute as pc
 
+    scan = snapshot.scan_of[segment.scan_artefact]
     mine = np.flatnonzero(pc.equal(rows["scan"], scan))
     own = dict(zip(rows["label"].take(mine).to_pylist(), mine.tolist(), strict=True))
     if label is None:
         return int(own[None])
     number = _number(snapshot, scan, label)
+    if number not in own and not (tells_labels(segment) and label_rows([segment]).num_rows):
+        raise NotFound(
+            f"it is not stored which labels the patches of scan {scan!r} show, as where they were imported, so it has "
+            "no regions",
+            next_step="leave out --label to compare whole scans",
+        )
     if number not in own:
         raise NotFound(
             f"the patches of scan {scan!r} show too little of label {label!r} for a vector of it: together less than "
@@ -198,7 +207,7 @@ def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.in
     if unsure:
         warnings.warn(
             f"label {number} has a name in some scans and none in others, so it is not known to be the same region: "
-            f"{unsure} regions are left out. Next: isimed add with --label-names for all",
+            f"{unsure} regions are left out. Next: isimed add all scans with --label-names to a new store",
             StoreWarning,
             stacklevel=4,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_left_is_never_compared_with_what_is_called_right(store: Store):
         sides |= {(copy.stem, BRAIN): "right", (copy.stem, WHITE): "left"}  # numbered the other way round
     sides |= {(COPIES[4].stem, BRAIN): None, (COPIES[4].stem, WHITE): "left"}
     renamed(store, sides)
-    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 regions are left out"):
+    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 regions are left out.* to a new"):
         found = store.similar(ASKED, "left", same_subject="include")
     assert set(found["name"].to_pylist()) == {"left"}
     assert set(found["label"].to_pylist()) == {WHITE}
@@ -231,6 +232,24 @@ def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Pa
     for label in small:
         with pytest.raises(NotFound, match="too little of label"):
             store.similar(ASKED, label)
+
+
+def test_imported_patches_do_not_tell_labels(cohort: Cohort, whole: Store, tmp_path: Path):
+    """Not the label is too small: nothing is known of where it is."""
+    whole.export(tmp_path / "out", "npy", where=f"scan IN ('{ASKED}', 'sub-02_T1w')")
+    folder = tmp_path / "out" / whole.encoder().id
+    (folder / "embedding.npy").unlink()
+    theirs = json.loads((folder / "card.json").read_text())
+    fields = {key: theirs[key] for key in ("patch_vox", "stride_vox", "spacing_mm", "metric", "match_output")}
+    described = {**fields, "name": "theirs", "outputs": {"descriptor": {"dim": 16}}}
+    (tmp_path / "theirs.json").write_text(json.dumps(described))
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(COPIES[0]), cohort.file(COPIES[2])], labels="{stem}_seg.nii.gz")
+    store.import_(folder, card=tmp_path / "theirs.json")
+    store.index()
+    assert store.similar(ASKED)["scan"].to_pylist() == ["sub-02_T1w"]
+    with pytest.raises(NotFound, match="not stored which labels the patches of scan 'sub-01_ses-1_T1w' show"):
+        store.similar(ASKED, BRAIN)
 
 
 def test_the_view_tells_of_every_vector(whole: Store):
