@@ -105,17 +105,18 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
 
 def _regions(snapshot: Snapshot, card: EncoderCard, segments: Mapping[str, Segment], scan: str) -> StoredRegions:
     """The encoder's regions that hold, if the scan's are among them."""
+    step = f"isimed index --encoder {card.id}"  # by itself it takes the newest
     if scan not in segments or not segments[scan].rows:
-        raise NotFound(f"scan {scan!r} is not encoded by {card.name!r}", next_step="isimed index")
+        raise NotFound(f"scan {scan!r} is not encoded by {card.name!r}", next_step=step)
     regions = living_regions(snapshot, card.id)
     pooled = set() if regions is None else set(regions.rows["segment"].to_pylist())
     if regions is None or segments[scan].first_row_id not in pooled:
-        raise NotFound(f"scan {scan!r} has no vector of the whole scan yet", next_step="isimed index")
+        raise NotFound(f"scan {scan!r} has no vector of the whole scan yet", next_step=step)
     lacking = sum(segment.rows > 0 and segment.first_row_id not in pooled for segment in segments.values())
     if lacking:
         warnings.warn(
             f"{lacking} encoded scans have no vectors of whole scan and regions yet, so they cannot answer. "
-            "Next: isimed index",
+            f"Next: {step}",
             StoreWarning,
             stacklevel=4,
         )

@@ -204,11 +204,12 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
     store.add(tiny_scan(tmp_path / "one.nii.gz"))
     with pytest.raises(NotFound, match="no encoder yet"):
         store.similar("one")
-    add_random_encoder(store.path)
+    asked = add_random_encoder(store.path)
+    add_random_encoder(store.path, "newest", seed=1)
     store.refresh()
     with pytest.raises(NotFound, match="not encoded") as caught:
-        store.similar("one")
-    assert caught.value.next_step == "isimed index"
+        store.similar("one", encoder="random")
+    assert caught.value.next_step == f"isimed index --encoder {asked}"  # by itself it takes the newest
 
 
 def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Path):
@@ -314,7 +315,7 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
     assert TWIN not in store.similar(ASKED, same_subject="include")["scan"].to_pylist()
     store.delete("scan = 'sub-02_T1w' AND patch % 2 = 0", "patches")  # its vectors are of patches that are gone
     assert "sub-02_T1w" not in scans_with_regions(store)
-    with pytest.warns(StoreWarning, match="1 encoded scans have no vectors"):
+    with pytest.warns(StoreWarning, match=rf"1 encoded scans have .* isimed index --encoder {store.encoder().id}"):
         left = store.similar(ASKED)["scan"].to_pylist()
     assert set(left) == {"sub-03_T1w", "sub-04_T1w", CROPPED.stem}
     with pytest.raises(NotFound, match="no vector of the whole scan yet"):
