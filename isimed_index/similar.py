@@ -135,15 +135,15 @@ def _asked(snapshot: Snapshot, rows: pa.Table, segment: Segment, label: str | in
     number = _number(snapshot, scan, label)
     if number not in own and not (tells_labels(segment) and label_rows([segment]).num_rows):
         raise NotFound(
-            f"it is not stored which labels the patches of scan {scan!r} show, as where they were imported, so it has "
-            "no regions",
+            f"it is not stored which labels the patches of scan {scan!r} show, as where they were imported or encoded "
+            "by an earlier version, so it has no regions",
             next_step="leave out --label to compare whole scans",
         )
     if number not in own:
         raise NotFound(
             f"the patches of scan {scan!r} show too little of label {label!r} for a vector of it: together less than "
             f"{LEAST_WEIGHT:g} of a patch",
-            next_step=f"isimed sql \"SELECT label, name, weight FROM regions WHERE scan = '{scan}'\"",
+            next_step=_listing("label, name, weight", "regions", scan),
         )
     return int(own[number])
 
@@ -169,8 +169,13 @@ def _number(snapshot: Snapshot, scan: str, label: str | int) -> int:
         return number
     raise NotFound(
         f"scan {scan!r} has no label {label!r}{_nearest(label, numbers, names)}",
-        next_step=f"isimed sql \"SELECT label, name FROM labels WHERE scan = '{scan}'\"",
+        next_step=_listing("label, name", "labels", scan),
     )
+
+
+def _listing(columns: str, view: str, scan: str) -> str:
+    quoted = scan.replace("'", "''")
+    return f"isimed sql \"SELECT {columns} FROM {view} WHERE scan = '{quoted}'\""
 
 
 def _as_number(label: str | int) -> int | None:

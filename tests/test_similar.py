@@ -212,7 +212,7 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
     assert caught.value.next_step == f"isimed index --encoder {asked}"  # by itself it takes the newest
 
 
-def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Path):
+def test_a_scan_without_labels(store: Store, tmp_path: Path):
     bare = write_copy(tmp_path / "bare", Copy("sub-09_T1w", "RAS", rigid((4, 3, -5), (9, 9, 9))), head())
     store.add(bare)
     store.index(where="scan = 'sub-09_T1w'")
@@ -220,19 +220,6 @@ def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Pa
     with pytest.raises(NotFound, match="has no labels, so it has no regions"):
         store.similar("sub-09_T1w", "brain")
     assert "sub-09_T1w" not in store.similar(ASKED, "brain")["scan"].to_pylist()
-    small = store.sql(
-        "SELECT label FROM labels WHERE scan = $s AND label NOT IN "
-        "(SELECT label FROM regions WHERE scan = $s AND label IS NOT NULL)",
-        {"s": ASKED},
-    )["label"].to_pylist()
-    weights = (
-        "SELECT label, sum(fraction) AS w FROM patch_labels JOIN patches USING (patch) WHERE scan = $s GROUP BY label"
-    )
-    for row in store.sql(weights, {"s": ASKED}).to_pylist():
-        assert (row["w"] < 1) == (row["label"] in small)
-    for label in small:
-        with pytest.raises(NotFound, match="too little of label"):
-            store.similar(ASKED, label)
 
 
 def test_imported_patches_do_not_tell_labels(cohort: Cohort, whole: Store, tmp_path: Path):
@@ -251,6 +238,29 @@ def test_imported_patches_do_not_tell_labels(cohort: Cohort, whole: Store, tmp_p
     assert store.similar(ASKED)["scan"].to_pylist() == ["sub-02_T1w"]
     with pytest.raises(NotFound, match="not stored which labels the patches of scan 'sub-01_ses-1_T1w' show"):
         store.similar(ASKED, BRAIN)
+
+
+def test_a_region_too_small(tmp_path: Path):
+    """Two voxels of a label of their own: half a cell of the lattice or less; the scan's id would end an SQL text."""
+    template = head()
+    x, y, z = (n // 2 for n in template.labels.shape)
+    template.labels[x : x + 2, y, z] = 99
+    store = isi.create(tmp_path / "c")
+    store.add(write_copy(tmp_path, Copy("o'neil", "RAS", rigid()), template), labels="{stem}_seg.nii.gz")
+    add_random_encoder(store.path)
+    store.refresh()
+    store.index(stride_mm=16)
+    weights = "SELECT label, sum(fraction) AS w FROM patch_labels GROUP BY label"
+    weight = {row["label"]: row["w"] for row in store.sql(weights).to_pylist()}
+    assert 0 < weight[99] < 1
+    pooled_labels = store.sql("SELECT label FROM regions WHERE label IS NOT NULL")["label"].to_pylist()
+    assert set(pooled_labels) == {label for label, w in weight.items() if w >= 1}
+    for label, said in ((99, "too little of label 99"), ("liver", "no label 'liver'")):
+        with pytest.raises(NotFound, match=said) as caught:
+            store.similar("o'neil", label)
+        assert caught.value.next_step is not None
+        _, query, _ = caught.value.next_step.split('"')
+        assert store.sql(query).num_rows > 1
 
 
 def test_the_view_tells_of_every_vector(whole: Store):
