@@ -162,6 +162,36 @@ def test_a_purge_takes_what_the_subjects_standard_measured(repository: Repositor
     assert not before.exists()
 
 
+def test_a_purge_takes_what_covers_the_subject_beside_a_frame_without_them(tmp_path: Path):
+    """Deleted before, so that no segment of theirs tells: what the regions cover does."""
+    repository = Repository.create(tmp_path / "c")
+    add_scan(repository, SECOND)
+    add_encoder(repository)
+    add_segment(repository, SECOND, 5)
+    add_frame(repository, SECOND)
+    add_scan(repository, FIRST)
+    add_segment(repository, FIRST, 3)
+    add_regions(repository)
+    delete_scans(repository, f"scan = '{FIRST}'")
+    before = file_of(repository)
+    purge(repository, "sub-01")
+    assert not before.exists()
+    assert len(repository.snapshot().artefacts("frame")) == 1
+
+
+def test_a_purge_takes_regions_whose_frame_is_not_known_any_more(repository: Repository):
+    """By what standard they were made cannot be told: its frame was dropped, and the history that named it taken."""
+    delete_scans(repository, f"scan = '{FIRST}'")
+    add_regions(repository)
+    frames = [made.path for made in repository.snapshot().artefacts("frame")]
+    with repository.transaction("repair") as transaction:
+        transaction.commit(lambda _: Proposal(drop=frames))
+    collect(repository, keep=1)
+    before = file_of(repository)
+    purge(repository, "sub-01", unknown=True)
+    assert not before.exists()
+
+
 def test_a_purge_leaves_what_has_nothing_of_the_subject(tmp_path: Path):
     repository = Repository.create(tmp_path / "c")
     add_scan(repository, SECOND)
