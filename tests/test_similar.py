@@ -54,6 +54,13 @@ def segment_of(store: Store, scan: str) -> int:
     return store.snapshot.segments_by_scan(store.encoder().id)[scan].first_row_id
 
 
+def drop_derived(store: Store, kind: str) -> None:
+    """Take all artefacts of a kind out of the newest generation."""
+    with store._repository.transaction("test") as transaction:
+        transaction.commit(lambda head: Proposal(drop=[artefact.path for artefact in head.artefacts(kind)]))
+    store.refresh()
+
+
 def scans_with_regions(store: Store) -> set[str]:
     return set(store.sql("SELECT DISTINCT scan FROM regions")["scan"].to_pylist())
 
@@ -316,6 +323,31 @@ def test_what_another_process_commits_meanwhile_is_seen(store: Store, monkeypatc
     assert scans_with_regions(store) == {ASKED, "sub-03_T1w", "sub-04_T1w", CROPPED.stem}
 
 
+def test_a_frame_that_is_dropped_meanwhile_takes_what_was_pooled_by_it(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """As by a purge, which drops what was measured with the subject: the run makes both again from what is left."""
+    write, calls = pooled_anew.write_regions, []
+
+    def slow_write(directory: Path, made: StoredRegions) -> None:
+        calls.append(made.made)
+        if len(calls) == 1:
+            with isi.open(store.path) as other:
+                other.delete(f"scan = '{TWIN}'")
+                drop_derived(other, "frame")
+        write(directory, made)
+
+    drop_derived(store, "region")
+    monkeypatch.setattr(pooled_anew, "write_regions", slow_write)
+    store.index()
+    assert len(calls) == 2
+    assert calls[0]["centre"] != calls[1]["centre"]
+    frame = store.snapshot.frame_path(store.encoder().id)
+    assert frame is not None
+    [artefact] = store.snapshot.artefacts("region")
+    found = read_regions(store.path / artefact.path)
+    assert found.made["centre"] == read_frame(frame).standard.centre.tolist()
+    assert scans_with_regions(store) == {ASKED, "sub-02_T1w", "sub-03_T1w", "sub-04_T1w", CROPPED.stem}
+
+
 def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Store):
     before = store.similar(ASKED, same_subject="include")
     old = regions(store)
@@ -347,9 +379,7 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
 
 def test_a_new_standard_has_all_pooled_again(store: Store):
     before = regions(store)
-    for artefact in store.snapshot.artefacts("frame"):
-        with store._repository.transaction("test") as transaction:
-            transaction.commit(lambda _, path=artefact.path: Proposal(drop=[path]))
+    drop_derived(store, "frame")
     store.delete(f"scan IN ('{TWIN}', '{CROPPED.stem}')")
     store.index()
     after = regions(store)
