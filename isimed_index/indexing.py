@@ -122,8 +122,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
                 "every patch of the encoded scans was deleted, so there is nothing to index",
                 next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
             )
-        _commit_frame(transaction, card, progress)
-        commit_regions(transaction, card, progress)
+        _commit_frame_and_regions(transaction, card, progress)
         built = _commit_index(transaction, card, options)
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
 
@@ -134,8 +133,7 @@ def derive_again(repository: Repository, encoder_id: str, progress: Progress, mi
     with repository.transaction("index") as transaction, repository.pin() as head:
         if any(segment.rows for segment in head.segments(encoder_id)):
             card = read_card(head.encoder_path(encoder_id))
-            _commit_frame(transaction, card, progress)
-            commit_regions(transaction, card, progress)
+            _commit_frame_and_regions(transaction, card, progress)
             _commit_index(transaction, card, options)
 
 
@@ -250,6 +248,14 @@ def _commit_segments(
 
     transaction.commit(propose)
     return sum(int(artefact.fields["rows"]) for artefact in staged)
+
+
+def _commit_frame_and_regions(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
+    """A frame, and regions that are measured by it: both again when another process takes one of them away."""
+    done = False
+    while not done:
+        _commit_frame(transaction, card, progress)
+        done = commit_regions(transaction, card, progress)
 
 
 def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:

@@ -37,21 +37,18 @@ if TYPE_CHECKING:
 LEAST_WEIGHT = 1.0  # of a region, in patches: where patches overlap, one cell of their lattice (decision 0022)
 
 
-def commit_regions(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
+def commit_regions(transaction: Transaction, card: EncoderCard, progress: Progress) -> bool:
     """Pool what is not pooled yet and commit it with what is, unless the stored regions are up to date.
 
-    When another process commits regions or a frame meanwhile, this one begins again from there.
+    False, and nothing is committed, when there is no frame, or another process has committed a frame or regions since.
     """
-    while not _committed(transaction, card, progress):
-        pass
-
-
-def _committed(transaction: Transaction, card: EncoderCard, progress: Progress) -> bool:
     with transaction.repository.pin() as snapshot:
         frame, before = snapshot.newest("frame", card.id), snapshot.newest("region", card.id)
         segments = [segment for segment in snapshot.segments(card.id) if segment.rows]
-        if frame is None or not segments:
+        if not segments:
             return True
+        if frame is None:
+            return False
         covers = [list(ends) for ends in row_ranges([segment.row_ids for segment in segments])]
         standard = read_frame(snapshot.verified(frame)).standard
         kept = _kept(snapshot, card, standard)
@@ -121,7 +118,8 @@ def pool_segment(segment: Segment, card: EncoderCard, standard: Standard) -> Sto
     """The vector of a scan, then those of its labels, rising, that have at least `LEAST_WEIGHT`."""
     import pyarrow as pa
 
-    foreground = segment.patches(["foreground"])["foreground"].to_numpy().astype(np.float64)
+    told = segment.patches(["foreground"])["foreground"].to_numpy().astype(np.float64)
+    foreground = np.where(np.isfinite(told) & (told > 0), told, 0)  # other programs' may be anything in older stores
     labels, weights = _weights(segment, foreground)  # (g,), (g, n)
     pooled: Pooled = pool(segment.vectors(card.match_output), weights, standard.unit)
     total = np.asarray(weights.sum(axis=1)).ravel()

@@ -8,8 +8,10 @@ There are few vectors (scans times labels), so there is no index. Only stored ve
 from __future__ import annotations
 
 import difflib
+import operator
+import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,7 +24,9 @@ from isimed_index.matches import SameSubject
 from isimed_index.pooling import Pooled
 from isimed_index.regions import LEAST_WEIGHT, standard_of
 from isimed_index.store.regions import StoredRegions, described, living_regions
+from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
+from isimed_index.store.sql.patches import label_rows, tells_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "mean_sd"]
 _COLUMNS = ("scan", "subject", "label", "name", "distance", "patches")
 _LISTED = 3  # names in an error
+_WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
+_LEAST_LENGTH = 1e-12  # of a pooled vector that points anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,10 @@ def similar(snapshot: Snapshot, scan: str, likeness: Likeness, encoder: str | No
     """
     subject = snapshot.scan_row(scan)["subject"]
     card = read_card(snapshot.encoder_path(encoder))
-    regions = _regions(snapshot, card, scan)
+    segments = snapshot.segments_by_scan(card.id)
+    regions = _regions(snapshot, card, segments, scan)
     rows = described(snapshot, card.id, regions.rows)
-    asked = _asked(snapshot, rows, scan, likeness.label)
+    asked = _asked(snapshot, rows, segments[scan], likeness.label)
     scans = snapshot.matching("scans", likeness.where)
     others = {
         other: whose
@@ -79,7 +86,7 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
     """Distances (m,) between one row and others.
 
     `mean`: the card's, of means that are put back on the unit sphere: 1 - cosine, or Euclidean in the encoder's units.
-    `mean_sd`: 1 - cosine of mean ‖ sd.
+    `mean_sd`: 1 - cosine of mean ‖ sd. Where vectors cancel out or are zero the cosine is 0, as in lookups.
     """
     rows = np.concatenate([[asked], others])
     if pooling == "mean_sd":
@@ -89,44 +96,54 @@ def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], poo
         return np.asarray(np.linalg.norm(raw[1:] - raw[0], axis=1))
     else:
         x = regions.mean[rows].astype(np.float64)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.asarray(((x[1:] - x[0]) ** 2).sum(axis=1) / 2)  # of unit vectors 1 - cosine, exact also where it is small
+    length = np.linalg.norm(x, axis=1)
+    points = length > _LEAST_LENGTH
+    x /= np.where(points, length, 1)[:, None]
+    away = ((x[1:] - x[0]) ** 2).sum(axis=1) / 2  # of unit vectors 1 - cosine, exact also where it is small
+    return np.where(points[1:] & points[0], away, 1.0)
 
 
-def _regions(snapshot: Snapshot, card: EncoderCard, scan: str) -> StoredRegions:
+def _regions(snapshot: Snapshot, card: EncoderCard, segments: Mapping[str, Segment], scan: str) -> StoredRegions:
     """The encoder's regions that hold, if the scan's are among them."""
-    segments = snapshot.segments_by_scan(card.id)
+    step = f"isimed index --encoder {card.id}"  # by itself it takes the newest
     if scan not in segments or not segments[scan].rows:
-        raise NotFound(f"scan {scan!r} is not encoded by {card.name!r}", next_step="isimed index")
+        raise NotFound(f"scan {scan!r} is not encoded by {card.name!r}", next_step=step)
     regions = living_regions(snapshot, card.id)
     pooled = set() if regions is None else set(regions.rows["segment"].to_pylist())
     if regions is None or segments[scan].first_row_id not in pooled:
-        raise NotFound(f"scan {scan!r} has no vector of the whole scan yet", next_step="isimed index")
+        raise NotFound(f"scan {scan!r} has no vector of the whole scan yet", next_step=step)
     lacking = sum(segment.rows > 0 and segment.first_row_id not in pooled for segment in segments.values())
     if lacking:
         warnings.warn(
             f"{lacking} encoded scans have no vectors of whole scan and regions yet, so they cannot answer. "
-            "Next: isimed index",
+            f"Next: {step}",
             StoreWarning,
             stacklevel=4,
         )
     return regions
 
 
-def _asked(snapshot: Snapshot, rows: pa.Table, scan: str, label: str | int | None) -> int:
-    """The row of the scan, or of its region of that name or number."""
+def _asked(snapshot: Snapshot, rows: pa.Table, segment: Segment, label: str | int | None) -> int:
+    """The row of a segment's scan, or of its region of that name or number."""
     import pyarrow.compute as pc
 
+    scan = snapshot.scan_of[segment.scan_artefact]
     mine = np.flatnonzero(pc.equal(rows["scan"], scan))
     own = dict(zip(rows["label"].take(mine).to_pylist(), mine.tolist(), strict=True))
     if label is None:
         return int(own[None])
     number = _number(snapshot, scan, label)
+    if number not in own and not (tells_labels(segment) and label_rows([segment]).num_rows):
+        raise NotFound(
+            f"it is not stored which labels the patches of scan {scan!r} show, as where they were imported or encoded "
+            "by an earlier version, so it has no regions",
+            next_step="leave out --label to compare whole scans",
+        )
     if number not in own:
         raise NotFound(
             f"the patches of scan {scan!r} show too little of label {label!r} for a vector of it: together less than "
             f"{LEAST_WEIGHT:g} of a patch",
-            next_step=f"isimed sql \"SELECT label, name, weight FROM regions WHERE scan = '{scan}'\"",
+            next_step=_listing("label, name, weight", "regions", scan),
         )
     return int(own[number])
 
@@ -148,22 +165,34 @@ def _number(snapshot: Snapshot, scan: str, label: str | int) -> int:
         raise UsageError(f"labels {listed} of scan {scan!r} are all called {label!r}", next_step="give the number")
     if called:
         return int(called[0])
-    if (isinstance(label, int) or label.strip().isdecimal()) and int(label) in numbers:
-        return int(label)
+    if (number := _as_number(label)) is not None and number in numbers:
+        return number
     raise NotFound(
         f"scan {scan!r} has no label {label!r}{_nearest(label, numbers, names)}",
-        next_step=f"isimed sql \"SELECT label, name FROM labels WHERE scan = '{scan}'\"",
+        next_step=_listing("label, name", "labels", scan),
     )
+
+
+def _listing(columns: str, view: str, scan: str) -> str:
+    quoted = scan.replace("'", "''")
+    return f"isimed sql \"SELECT {columns} FROM {view} WHERE scan = '{quoted}'\""
+
+
+def _as_number(label: str | int) -> int | None:
+    """The number that a label is, also one of NumPy's, or that a text shows; None for a name."""
+    if isinstance(label, str):
+        return int(label) if _WHOLE.fullmatch(label.strip()) else None
+    return operator.index(label)
 
 
 def _nearest(label: str | int, numbers: Sequence[int], names: Sequence[str | None]) -> str:
     """Which labels were perhaps meant."""
-    if isinstance(label, int) or label.strip().isdecimal():
-        near = sorted(numbers, key=lambda number: (abs(number - int(label)), number))[:_LISTED]
+    if (asked := _as_number(label)) is not None:
+        near = sorted(numbers, key=lambda number: (abs(number - asked), number))[:_LISTED]
         return f"; the nearest are {', '.join(map(str, near))}"
     folded = {name.casefold(): name for name in names if name is not None}
-    asked = label.casefold()
-    close = difflib.get_close_matches(asked, folded, n=_LISTED) or [name for name in folded if asked in name][:_LISTED]
+    text = str(label).casefold()
+    close = difflib.get_close_matches(text, folded, n=_LISTED) or [name for name in folded if text in name][:_LISTED]
     if close:
         return f"; did you mean {' or '.join(repr(folded[name]) for name in close)}?"
     return "" if folded else "; its labels have numbers and no names"
@@ -184,7 +213,7 @@ def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.in
     if unsure:
         warnings.warn(
             f"label {number} has a name in some scans and none in others, so it is not known to be the same region: "
-            f"{unsure} regions are left out. Next: isimed add with --label-names for all",
+            f"{unsure} regions are left out. Next: isimed add all scans with --label-names to a new store",
             StoreWarning,
             stacklevel=4,
         )

@@ -774,6 +774,10 @@ def _poisoned(value: float) -> Any:
     return poison
 
 
+def _foreground(value: float) -> Any:
+    return lambda rows: rows.append_column("foreground", pa.array([0.5] * (rows.num_rows - 1) + [value]))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -786,6 +790,9 @@ def _poisoned(value: float) -> Any:
         (lambda rows: rows.drop_columns(["y_mm"]), UsageError, "x_mm, y_mm, z_mm, or i, j, k"),
         (lambda rows: _with(rows, "x_mm", np.full(rows.num_rows, np.nan)), UsageError, "missing, NaN or infinite"),
         (lambda rows: _with(rows, "embedding", np.zeros(rows.num_rows)), EncoderMismatch, "expected lists"),
+        (_foreground(np.nan), UsageError, "foreground: expected shares from 0 to 1"),
+        (_foreground(-0.1), UsageError, "foreground: expected shares from 0 to 1"),
+        (_foreground(80), UsageError, "foreground: expected shares from 0 to 1"),
         (lambda rows: rows.slice(0, 0), UsageError, "in every row"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from isimed_index import regions as pooled_anew
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.frame import read_frame
-from isimed_index.similar import distances
-from isimed_index.store.regions import MEAN, described, living_regions, read_regions
+from isimed_index.similar import Pooling, distances
+from isimed_index.store.regions import MEAN, StoredRegions, described, living_regions, read_regions
 from isimed_index.store.transaction import Proposal
 
 ASKED, TWIN = COPIES[0].stem, COPIES[1].stem
@@ -51,6 +52,13 @@ def regions(store: Store) -> dict[tuple[int, int | None], tuple[bytes, bytes]]:
 def segment_of(store: Store, scan: str) -> int:
     """The row id by which regions name a scan's segment."""
     return store.snapshot.segments_by_scan(store.encoder().id)[scan].first_row_id
+
+
+def drop_derived(store: Store, kind: str) -> None:
+    """Take all artefacts of a kind out of the newest generation."""
+    with store._repository.transaction("test") as transaction:
+        transaction.commit(lambda head: Proposal(drop=[artefact.path for artefact in head.artefacts(kind)]))
+    store.refresh()
 
 
 def scans_with_regions(store: Store) -> set[str]:
@@ -107,6 +115,17 @@ def test_distances_are_those_of_the_definition(whole: Store, label: int | None):
             assert row["distance"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "mean_sd"])
+def test_vectors_without_a_direction_are_like_nothing(pooling: Pooling):
+    """1 - cosine is 1, as in lookups: less like than all that point anywhere near, also one another."""
+    mean = np.array([[1, 0], [0.6, 0.8], [0, 0], [0, 0]], np.float32)
+    sd = np.zeros_like(mean)
+    made = {"metric": "cosine", "centre": [0.0, 0.0], "scale": 1.0}
+    stored = StoredRegions(pa.table({"segment": [0, 1, 2, 3]}), mean, sd, made)
+    np.testing.assert_allclose(distances(stored, 0, np.array([1, 2]), pooling), [0.4, 1.0], atol=1e-6)
+    np.testing.assert_allclose(distances(stored, 2, np.array([0, 3]), pooling), [1.0, 1.0])
+
+
 def test_the_head_with_less_of_it_is_the_least_like(whole: Store):
     found = whole.similar(ASKED, same_subject="include")
     assert found["scan"][-1].as_py() == CROPPED.stem
@@ -128,8 +147,8 @@ def test_which_scans_may_answer(whole: Store):
     assert whole.similar(ASKED, k=2).equals(whole.similar(ASKED).slice(0, 2))
 
 
-@pytest.mark.parametrize("label", [WHITE, "white matter", "4"])
-def test_a_region_by_name_or_number(whole: Store, label: str | int):
+@pytest.mark.parametrize("label", [WHITE, "white matter", "4", np.int32(WHITE)])
+def test_a_region_by_name_or_number(whole: Store, label: Any):
     found = whole.similar(ASKED, label)
     assert set(found["label"].to_pylist()) == {WHITE}
     assert set(found["name"].to_pylist()) == {"white matter"}
@@ -155,7 +174,7 @@ def test_left_is_never_compared_with_what_is_called_right(store: Store):
         sides |= {(copy.stem, BRAIN): "right", (copy.stem, WHITE): "left"}  # numbered the other way round
     sides |= {(COPIES[4].stem, BRAIN): None, (COPIES[4].stem, WHITE): "left"}
     renamed(store, sides)
-    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 regions are left out"):
+    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 regions are left out.* to a new"):
         found = store.similar(ASKED, "left", same_subject="include")
     assert set(found["name"].to_pylist()) == {"left"}
     assert set(found["label"].to_pylist()) == {WHITE}
@@ -181,6 +200,8 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
         whole.similar(ASKED, "White Mater")
     with pytest.raises(NotFound, match="no label 99; the nearest are"):
         whole.similar(ASKED, 99)
+    with pytest.raises(NotFound, match="no label '-1'; the nearest are"):
+        whole.similar(ASKED, "-1")
     with pytest.raises(NotFound, match="no scan 'sub-99'"):
         whole.similar("sub-99")
     for wrong in ({"k": 0}, {"pooling": "max"}, {"same_subject": "all"}):
@@ -190,14 +211,15 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
     store.add(tiny_scan(tmp_path / "one.nii.gz"))
     with pytest.raises(NotFound, match="no encoder yet"):
         store.similar("one")
-    add_random_encoder(store.path)
+    asked = add_random_encoder(store.path)
+    add_random_encoder(store.path, "newest", seed=1)
     store.refresh()
     with pytest.raises(NotFound, match="not encoded") as caught:
-        store.similar("one")
-    assert caught.value.next_step == "isimed index"
+        store.similar("one", encoder="random")
+    assert caught.value.next_step == f"isimed index --encoder {asked}"  # by itself it takes the newest
 
 
-def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Path):
+def test_a_scan_without_labels(store: Store, tmp_path: Path):
     bare = write_copy(tmp_path / "bare", Copy("sub-09_T1w", "RAS", rigid((4, 3, -5), (9, 9, 9))), head())
     store.add(bare)
     store.index(where="scan = 'sub-09_T1w'")
@@ -205,19 +227,47 @@ def test_a_scan_without_labels_and_a_region_too_small(store: Store, tmp_path: Pa
     with pytest.raises(NotFound, match="has no labels, so it has no regions"):
         store.similar("sub-09_T1w", "brain")
     assert "sub-09_T1w" not in store.similar(ASKED, "brain")["scan"].to_pylist()
-    small = store.sql(
-        "SELECT label FROM labels WHERE scan = $s AND label NOT IN "
-        "(SELECT label FROM regions WHERE scan = $s AND label IS NOT NULL)",
-        {"s": ASKED},
-    )["label"].to_pylist()
-    weights = (
-        "SELECT label, sum(fraction) AS w FROM patch_labels JOIN patches USING (patch) WHERE scan = $s GROUP BY label"
-    )
-    for row in store.sql(weights, {"s": ASKED}).to_pylist():
-        assert (row["w"] < 1) == (row["label"] in small)
-    for label in small:
-        with pytest.raises(NotFound, match="too little of label"):
-            store.similar(ASKED, label)
+
+
+def test_imported_patches_do_not_tell_labels(cohort: Cohort, whole: Store, tmp_path: Path):
+    """Not the label is too small: nothing is known of where it is."""
+    whole.export(tmp_path / "out", "npy", where=f"scan IN ('{ASKED}', 'sub-02_T1w')")
+    folder = tmp_path / "out" / whole.encoder().id
+    (folder / "embedding.npy").unlink()
+    theirs = json.loads((folder / "card.json").read_text())
+    fields = {key: theirs[key] for key in ("patch_vox", "stride_vox", "spacing_mm", "metric", "match_output")}
+    described = {**fields, "name": "theirs", "outputs": {"descriptor": {"dim": 16}}}
+    (tmp_path / "theirs.json").write_text(json.dumps(described))
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(COPIES[0]), cohort.file(COPIES[2])], labels="{stem}_seg.nii.gz")
+    store.import_(folder, card=tmp_path / "theirs.json")
+    store.index()
+    assert store.similar(ASKED)["scan"].to_pylist() == ["sub-02_T1w"]
+    with pytest.raises(NotFound, match="not stored which labels the patches of scan 'sub-01_ses-1_T1w' show"):
+        store.similar(ASKED, BRAIN)
+
+
+def test_a_region_too_small(tmp_path: Path):
+    """Two voxels of a label of their own: half a cell of the lattice or less; the scan's id would end an SQL text."""
+    template = head()
+    x, y, z = (n // 2 for n in template.labels.shape)
+    template.labels[x : x + 2, y, z] = 99
+    store = isi.create(tmp_path / "c")
+    store.add(write_copy(tmp_path, Copy("o'neil", "RAS", rigid()), template), labels="{stem}_seg.nii.gz")
+    add_random_encoder(store.path)
+    store.refresh()
+    store.index(stride_mm=16)
+    weights = "SELECT label, sum(fraction) AS w FROM patch_labels GROUP BY label"
+    weight = {row["label"]: row["w"] for row in store.sql(weights).to_pylist()}
+    assert 0 < weight[99] < 1
+    pooled_labels = store.sql("SELECT label FROM regions WHERE label IS NOT NULL")["label"].to_pylist()
+    assert set(pooled_labels) == {label for label, w in weight.items() if w >= 1}
+    for label, said in ((99, "too little of label 99"), ("liver", "no label 'liver'")):
+        with pytest.raises(NotFound, match=said) as caught:
+            store.similar("o'neil", label)
+        assert caught.value.next_step is not None
+        _, query, _ = caught.value.next_step.split('"')
+        assert store.sql(query).num_rows > 1
 
 
 def test_the_view_tells_of_every_vector(whole: Store):
@@ -273,6 +323,31 @@ def test_what_another_process_commits_meanwhile_is_seen(store: Store, monkeypatc
     assert scans_with_regions(store) == {ASKED, "sub-03_T1w", "sub-04_T1w", CROPPED.stem}
 
 
+def test_a_frame_that_is_dropped_meanwhile_takes_what_was_pooled_by_it(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """As by a purge, which drops what was measured with the subject: the run makes both again from what is left."""
+    write, calls = pooled_anew.write_regions, []
+
+    def slow_write(directory: Path, made: StoredRegions) -> None:
+        calls.append(made.made)
+        if len(calls) == 1:
+            with isi.open(store.path) as other:
+                other.delete(f"scan = '{TWIN}'")
+                drop_derived(other, "frame")
+        write(directory, made)
+
+    drop_derived(store, "region")
+    monkeypatch.setattr(pooled_anew, "write_regions", slow_write)
+    store.index()
+    assert len(calls) == 2
+    assert calls[0]["centre"] != calls[1]["centre"]
+    frame = store.snapshot.frame_path(store.encoder().id)
+    assert frame is not None
+    [artefact] = store.snapshot.artefacts("region")
+    found = read_regions(store.path / artefact.path)
+    assert found.made["centre"] == read_frame(frame).standard.centre.tolist()
+    assert scans_with_regions(store) == {ASKED, "sub-02_T1w", "sub-03_T1w", "sub-04_T1w", CROPPED.stem}
+
+
 def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Store):
     before = store.similar(ASKED, same_subject="include")
     old = regions(store)
@@ -282,7 +357,7 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
     assert TWIN not in store.similar(ASKED, same_subject="include")["scan"].to_pylist()
     store.delete("scan = 'sub-02_T1w' AND patch % 2 = 0", "patches")  # its vectors are of patches that are gone
     assert "sub-02_T1w" not in scans_with_regions(store)
-    with pytest.warns(StoreWarning, match="1 encoded scans have no vectors"):
+    with pytest.warns(StoreWarning, match=rf"1 encoded scans have .* isimed index --encoder {store.encoder().id}"):
         left = store.similar(ASKED)["scan"].to_pylist()
     assert set(left) == {"sub-03_T1w", "sub-04_T1w", CROPPED.stem}
     with pytest.raises(NotFound, match="no vector of the whole scan yet"):
@@ -304,9 +379,7 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
 
 def test_a_new_standard_has_all_pooled_again(store: Store):
     before = regions(store)
-    for artefact in store.snapshot.artefacts("frame"):
-        with store._repository.transaction("test") as transaction:
-            transaction.commit(lambda _, path=artefact.path: Proposal(drop=[path]))
+    drop_derived(store, "frame")
     store.delete(f"scan IN ('{TWIN}', '{CROPPED.stem}')")
     store.index()
     after = regions(store)

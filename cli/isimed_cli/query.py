@@ -76,14 +76,21 @@ def query(
     show_table(table, session.format, session.out)
 
 
-def nothing_found(same_subject: SameSubject, limits: Sequence[str]) -> str:
-    """Why nothing answers and what to do: the limits that were set come first, then the choice of subjects."""
+def nothing_found(same_subject: SameSubject, limits: Sequence[str], *, region: bool = False) -> str:
+    """Why nothing answers and what to do: the limits that were set come first, then the choice of subjects.
+
+    Where a `region` was asked for, the scans may all be there, without it.
+    """
     who = {
         SameSubject.INCLUDE: "no other scan",
         SameSubject.EXCLUDE: "no scan of another subject",
         SameSubject.ONLY: "no other scan of this subject",
     }[same_subject]
+    lacking = "has a vector of that region"
     if limits:
-        return f"{who} meets {' and '.join(limits)}. Next: widen {' or '.join(limits)}"
+        also = f" and {lacking}" if region else ""
+        return f"{who} meets {' and '.join(limits)}{also}. Next: widen {' or '.join(limits)}"
     step = "" if same_subject is SameSubject.INCLUDE else "--same-subject include, or "
+    if region:
+        return f"{who} {lacking}. Next: {step}isimed sql 'SELECT scan, label, name FROM regions' to see which do"
     return f"{who} is indexed. Next: {step}isimed index with more scans"

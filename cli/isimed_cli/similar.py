@@ -35,7 +35,7 @@ def similar(
     """Find the scans that look like a scan, or whose region of that name looks like its own.
 
     A scan or region is the mean of its patches' vectors; the search is exact. Regions are compared when they have the
-    same name, or without names the same number, so left is never compared with right.
+    same name, or without names the same number, so left is never compared with what is called right.
     """
     from isimed_cli.render import show_table
 
@@ -49,5 +49,5 @@ def similar(
         encoder=encoder,
     )
     if not table.num_rows:
-        session.note(nothing_found(same_subject, [] if where is None else ["--where"]))
+        session.note(nothing_found(same_subject, [] if where is None else ["--where"], region=label is not None))
     show_table(table, session.format, session.out)

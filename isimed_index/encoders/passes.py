@@ -28,7 +28,7 @@ def passes_hold(network: nn.Module, patch: int, stride: int) -> bool:
     """Whether a network on the CPU is exactly convolutional, with that patch and total stride in voxels.
 
     It is run in float32, and left in evaluation mode. The bound is that by which runtimes are believed: networks of
-    ours keep within a tenth of it, and zero-padded ones were at least forty times beyond. A network that gives NaN
+    ours keep within a fifth of it, and zero-padded ones were at least forty times beyond. A network that gives NaN
     passes: it is refused for that elsewhere.
     """
     rng, edge = np.random.default_rng(0), patch + _STEPS * stride

@@ -133,7 +133,7 @@ def _placed(
         elif not outside:
             lattice = regular(scan, points, at, card)
             order = np.lexsort(lattice.ijk.T[::-1])  # x first, z fastest, as patches of the store are
-            foreground = _column(given.rows, "foreground", numbers)
+            foreground = _foreground(given.rows, numbers)
             lattice = replace(lattice, ijk=lattice.ijk[order])
             found.append(_Embedded(scan, at, lattice, points[order], foreground[order], numbers[order]))
     if outside:
@@ -166,9 +166,20 @@ def _points(rows: pa.Table, numbers: NDArray[np.int64], at: ScanGeometry, space:
     return flip_lps(points) if space == "lps" else points
 
 
+def _foreground(rows: pa.Table, numbers: NDArray[np.int64]) -> NDArray[Any]:
+    if "foreground" not in rows.column_names:
+        return np.ones(len(numbers), np.float32)  # nothing is known, so all of it
+    shares = _column(rows, "foreground", numbers)
+    wrong = int(np.count_nonzero(~((shares >= 0) & (shares <= 1))))
+    if wrong:
+        raise UsageError(
+            f"foreground: expected shares from 0 to 1, found {wrong} others, or missing ones",
+            next_step="mend the column, or leave it out",
+        )
+    return shares
+
+
 def _column(rows: pa.Table, name: str, numbers: NDArray[np.int64]) -> NDArray[Any]:
-    if name not in rows.column_names:
-        return np.ones(len(numbers), np.float32)  # of the foreground: nothing is known, so all of it
     try:
         values: NDArray[Any] = rows[name].to_numpy()[numbers].astype(np.float64)
     except (TypeError, ValueError):

@@ -39,7 +39,20 @@ def test_nothing_found_says_why(cohort: Cohort, capsys: Any):
     assert json.loads(said.out) == []
     assert "widen --where" in said.err
     assert run(cohort, "--scan", CROPPED.stem, "--same-subject", "only") == 0
-    assert "no other scan of this subject" in capsys.readouterr().err
+    assert "no other scan of this subject is indexed" in capsys.readouterr().err
+
+
+def test_no_region_of_the_name_is_not_no_scan(cohort: Cohort, capsys: Any):
+    """The scans are indexed, and meet the condition: what they lack is the region."""
+    asked = ["--scan", CROPPED.stem, "--label", "white matter", "--same-subject"]
+    assert run(cohort, *asked, "only") == 0
+    said = capsys.readouterr().err
+    assert "no other scan of this subject has a vector of that region" in said
+    assert "is indexed" not in said
+    assert run(cohort, *asked, "exclude", "--where", "scan = 'sub-99'") == 0
+    said = capsys.readouterr().err
+    assert "no scan of another subject meets --where and has a vector of that region" in said
+    assert "widen --where" in said
 
 
 @pytest.mark.parametrize(

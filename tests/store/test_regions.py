@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import store_builders
 from store_builders import (
     ENCODER,
     OTHER_ENCODER,
@@ -17,10 +19,14 @@ from store_builders import (
     encode_again,
     flip,
     orphans,
+    patch_rows,
     whole_store,
 )
 
+from isimed_index.encoders.card import EncoderCard
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
+from isimed_index.lattice import Standard
+from isimed_index.regions import pool_segment
 from isimed_index.store import integrity
 from isimed_index.store.regions import MADE, MEAN, ROWS, StoredRegions, living_regions, read_regions, write_regions
 from isimed_index.store.repository import Repository
@@ -107,6 +113,27 @@ def test_a_scan_that_is_encoded_again_has_none_until_it_is_pooled(repository: Re
     assert shown(repository) == both(FIRST)
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -3.0])
+def test_patches_without_a_share_of_foreground_do_not_count(
+    repository: Repository, odd: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Stores of earlier versions may hold what another program gave for it."""
+    shares = pa.array([odd, 0.5, 0.5, 0.25, odd], pa.float32())
+    rows = patch_rows(SECOND, 5)
+    rows = rows.set_column(rows.column_names.index("foreground"), "foreground", shares)
+    monkeypatch.setattr(store_builders, "patch_rows", lambda *_: rows)
+    encode_again(repository, SECOND, 5, seed=3)
+    head = repository.snapshot()
+    segment = head.segments_by_scan(ENCODER)[SECOND]
+    card = EncoderCard("toy", "toy", {}, "", 4, 2, 2.0, {"descriptor": 4}, "descriptor", "cosine", training={})
+    standard = Standard("cosine", np.zeros(4, np.float32), 1.0)
+    found = pool_segment(segment, card, standard)
+    unit = standard.unit(segment.vectors("descriptor"))
+    np.testing.assert_allclose(found.mean[0], np.array([0, 0.5, 0.5, 0.25, 0]) / 1.25 @ unit, atol=1e-6)
+    assert found.rows["weight"][0].as_py() == 1.25
+    assert found.rows["foreground"].to_pylist() == pytest.approx([0.45, 0.25, 0.25])
+
+
 def test_a_deleted_encoder_takes_its_vectors_along(repository: Repository):
     delete_encoder(repository, ENCODER)
     assert repository.snapshot().artefacts("region") == []
@@ -132,6 +159,36 @@ def test_a_purge_takes_what_the_subjects_standard_measured(repository: Repositor
     before = file_of(repository)
     assert shown(repository) == both(SECOND)
     purge(repository, "sub-01")
+    assert not before.exists()
+
+
+def test_a_purge_takes_what_covers_the_subject_beside_a_frame_without_them(tmp_path: Path):
+    """Deleted before, so that no segment of theirs tells: what the regions cover does."""
+    repository = Repository.create(tmp_path / "c")
+    add_scan(repository, SECOND)
+    add_encoder(repository)
+    add_segment(repository, SECOND, 5)
+    add_frame(repository, SECOND)
+    add_scan(repository, FIRST)
+    add_segment(repository, FIRST, 3)
+    add_regions(repository)
+    delete_scans(repository, f"scan = '{FIRST}'")
+    before = file_of(repository)
+    purge(repository, "sub-01")
+    assert not before.exists()
+    assert len(repository.snapshot().artefacts("frame")) == 1
+
+
+def test_a_purge_takes_regions_whose_frame_is_not_known_any_more(repository: Repository):
+    """By what standard they were made cannot be told: its frame was dropped, and the history that named it taken."""
+    delete_scans(repository, f"scan = '{FIRST}'")
+    add_regions(repository)
+    frames = [made.path for made in repository.snapshot().artefacts("frame")]
+    with repository.transaction("repair") as transaction:
+        transaction.commit(lambda _: Proposal(drop=frames))
+    collect(repository, keep=1)
+    before = file_of(repository)
+    purge(repository, "sub-01", unknown=True)
     assert not before.exists()
 
 
