@@ -217,9 +217,23 @@ def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.in
             StoreWarning,
             stacklevel=4,
         )
-    if name.is_valid:
-        return np.flatnonzero(pc.and_(of_others, pc.fill_null(pc.equal(rows["name"], name), False)))
-    return np.flatnonzero(pc.and_(numbered, nameless))
+    if not name.is_valid:
+        return np.flatnonzero(pc.and_(numbered, nameless))
+    names = pc.unique(rows["name"].filter(of_others)).drop_null().to_pylist()
+    nearly = sorted(other for other in names if other != name.as_py() and _spelt(other) == _spelt(name.as_py()))
+    if nearly:
+        warnings.warn(
+            f"what other scans call {nearly[0]!r} is not taken for {name.as_py()!r}, and left out. "
+            "Next: isimed add all scans with --label-names to a new store",
+            StoreWarning,
+            stacklevel=4,
+        )
+    return np.flatnonzero(pc.and_(of_others, pc.fill_null(pc.equal(rows["name"], name), False)))
+
+
+def _spelt(name: str) -> str:
+    """A name without what two tables spell differently: case, blanks, punctuation."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
 def _wanted(same: bool, same_subject: SameSubject) -> bool:

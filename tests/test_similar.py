@@ -187,6 +187,12 @@ def test_left_is_never_compared_with_what_is_called_right(store: Store):
     assert nameless.num_rows == 0
 
 
+def test_another_spelling_is_left_out_but_told(store: Store):
+    renamed(store, {(ASKED, BRAIN): "Left-Lung", (CROPPED.stem, BRAIN): "left lung", (COPIES[1].stem, BRAIN): "right"})
+    with pytest.warns(StoreWarning, match="call 'left lung' is not taken for 'Left-Lung', and left out"):
+        assert not store.similar(ASKED, "Left-Lung").num_rows
+
+
 def test_two_labels_of_one_name_are_told_apart_by_number(store: Store):
     renamed(store, {(ASKED, BRAIN): "tissue", (ASKED, WHITE): "tissue", (CROPPED.stem, WHITE): "tissue"})
     with pytest.raises(UsageError, match=r"labels 3 and 4 of scan .* are all called 'tissue'"):
