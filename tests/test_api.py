@@ -107,7 +107,10 @@ def test_small_questions(cohort: Cohort):
     assert (info["scans"], info["subjects"], info["encoders"]) == (6, 5, ["random"])
     assert info["patches"] == store.sql("SELECT count(*) AS n FROM patches").column("n")[0].as_py()
     assert store.encoders().column("name").to_pylist() == ["random"]
-    assert store.log().column("verb").to_pylist() == ["create", "add", "pretrain", "index", "index", "index", "index"]
+    verbs = store.log().column("verb").to_pylist()
+    assert verbs[:3] == ["create", "add", "pretrain"]
+    assert set(verbs[3:]) == {"index"}
+    assert len(verbs) >= 7  # scans in one commit or more; frame, regions, index
     assert {"digest", "artefact"}.isdisjoint(store.scans().column_names)
     assert store.sql("SELECT $n AS n", {"n": 4}).to_pylist() == [{"n": 4}]
     centres = store.sql("SELECT count(*) AS n FROM patches WHERE cx_mm IS NULL").column("n")[0].as_py()
