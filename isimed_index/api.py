@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from isimed_index.encode import IndexPlan
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.evaluate.landmarks import Evaluation
     from isimed_index.exchange.encoders import KeptEncoder
@@ -328,7 +329,8 @@ class Store:
         scans that are encoded in the other one are encoded again.
         """
         from isimed_index.encoders.runtimes.kind import Runtime
-        from isimed_index.indexing import IndexOptions, index_scans
+        from isimed_index.indexing import index_scans
+        from isimed_index.planning import IndexOptions
 
         asked = Runtime(runtime, precision)
         repository = self._writing()
@@ -339,6 +341,35 @@ class Store:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())
         finally:
             self.refresh()
+
+    def plan_index(
+        self,
+        encoder: str | None = None,
+        stride_mm: float | None = None,
+        where: str | None = None,
+        scheduler: str = "threads",
+        device: str = "auto",
+        progress: Progress | None = None,
+        runtime: str = "auto",
+        precision: str = "fp32",
+    ) -> IndexPlan:
+        """What `index` with the same arguments would encode, and what time, memory and disk that would take.
+
+        Some patches of up to three scans are encoded to measure it, which takes some seconds; nothing is written to the
+        store. `encoder` is one of the store. See `IndexPlan` for what the numbers mean, and which are extrapolated.
+        """
+        from isimed_index.encoders.runtimes.kind import Runtime
+        from isimed_index.exchange.encoders import holds_encoder, known_encoder
+        from isimed_index.planning import IndexOptions, plan_index
+
+        asked = Runtime(runtime, precision)
+        if encoder is not None and not known_encoder(self.snapshot, encoder) and holds_encoder(Path(encoder)):
+            raise UsageError(
+                f"a plan is made without writing, so it cannot import the encoder in {Path(encoder).name!r}",
+                next_step="isimed encoders import DIR, then name the encoder",
+            )
+        options = IndexOptions(encoder, stride_mm, scheduler, device, trust=self._trust, runtime=asked)
+        return plan_index(self.snapshot, self._scan_ids(where), options, progress or Silent())
 
     def register(
         self,

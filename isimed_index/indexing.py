@@ -6,7 +6,6 @@ scans − committed tasks ─▶ encode ─▶ commit what has ended, while othe
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,28 +13,35 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from isimed_index.encode import (
     Encoded,
     EncodeTask,
-    Workers,
-    choose_on,
+    Pace,
     encode_batches,
-    stride_in_voxels,
-    task_key,
     workers,
 )
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
-from isimed_index.errors import Incompatible, IsimedWarning, NotFound, ScanRefused, StoreDamaged, StoreWarning
+from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest.report import Refusal
 from isimed_index.lattice import Lattice, Standard, read_lattice
+from isimed_index.planning import (
+    IndexOptions,
+    Wanted,
+    bare_pace_on,
+    choose_runtime,
+    job_of,
+    no_scan,
+    processes_now,
+    sizes_of,
+    what_is_wanted,
+)
 from isimed_index.progress import Progress
 from isimed_index.regions import commit_regions
 from isimed_index.store.manifest import Artefact, listed
@@ -43,9 +49,6 @@ from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
-
-if TYPE_CHECKING:
-    from isimed_index.encoders.runtimes.trial import Job
 
 REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
 _NO_PATCH = ScanRefused(
@@ -59,6 +62,9 @@ class IndexReport:
     """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index.
 
     `runtime` and `precision` are empty when nothing had to be encoded, `trial_patches_per_s` when there was no trial.
+    `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None when nothing
+    was encoded. `bare_patches_per_s` is what the workers would do together if they did nothing but passes of the
+    network over noise in memory; None where that was not measured.
     """
 
     encoder: str
@@ -71,51 +77,27 @@ class IndexReport:
     runtime: str = ""
     precision: str = ""
     trial_patches_per_s: dict[str, float] = field(default_factory=dict)
+    patches_per_s: float | None = None
+    bare_patches_per_s: float | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class IndexOptions:
-    """Which encoder and lattice, where to run, and what the index has to reach."""
-
-    encoder: str | None = None
-    stride_mm: float | None = None
-    scheduler: str = "threads"
-    device: str = "auto"
-    min_recall: float = 0.98
-    max_ram: int | None = None
-    trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
-    runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
+    @property
+    def share_of_bare(self) -> float | None:
+        """`patches_per_s` over `bare_patches_per_s`; None where one of them is."""
+        known = self.patches_per_s is not None and self.bare_patches_per_s
+        return self.patches_per_s / self.bare_patches_per_s if known else None  # type: ignore[operator]
 
 
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
     """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again."""
     with repository.transaction("index") as transaction, repository.pin() as head:
-        directory = head.encoder_path(options.encoder)
-        card = read_card(directory)
-        stride = stride_in_voxels(card, options.stride_mm)
-        report = IndexReport(card.id)
-        precision = options.runtime.precision
-        keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride, precision) for scan in scans}
-        scans = list(dict.fromkeys(scans))
-        done = {segment.task for segment in head.segments(card.id)}
-        report.skipped.extend(scan for scan in scans if keys[scan] in done)
-        todo = [scan for scan in scans if keys[scan] not in done]
-        with workers(options.scheduler) as where:
-            if todo:
-                job = _job(head, card, todo, directory, stride, options)
-                report, options = _with_runtime(job, where, report, options, progress)
-            progress.start("encode", len(todo), "scans")
-            whole = _whole(head, todo, report)
-            tasks = _tasks(whole, keys, directory, transaction.stage("segment"), stride, options)
-            patches = 0
-            for results in encode_batches(tasks, where):
-                patches += _commit_segments(transaction, head, card, results, report)
-                progress.advance(len(results), f"{patches:,} patches")
-            progress.finish()
+        wanted = what_is_wanted(head, scans, options)
+        card, report = wanted.card, IndexReport(wanted.card.id, skipped=wanted.skipped)
+        if wanted.todo:
+            report = _encode(transaction, head, wanted, report, options, progress)
         if not report.encoded and not report.skipped:
             if report.refused:
                 return report
-            raise NotFound("there is no scan to index", next_step="isimed add PATH, or widen --where")
+            raise no_scan()
         rows = sum(segment.rows for segment in repository.snapshot().segments(card.id))
         if not rows:
             raise NotFound(
@@ -125,6 +107,40 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
         _commit_frame_and_regions(transaction, card, progress)
         built = _commit_index(transaction, card, options)
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
+
+
+def _encode(
+    transaction: Transaction,
+    head: Snapshot,
+    wanted: Wanted,
+    report: IndexReport,
+    options: IndexOptions,
+    progress: Progress,
+) -> IndexReport:
+    """Encode and commit what is wanted; returns the report with what became of it."""
+    points = {size.scan: size.points for size in sizes_of(head, wanted)}
+    with workers(options.scheduler) as where:
+        job = job_of(head, wanted, sum(points.values()), options)
+        choice = choose_runtime(job, where, progress)
+        bare, processes = bare_pace_on(job, where, choice), processes_now(where)
+        options = replace(options, runtime=choice.runtime)
+        progress.start("encode", len(points), "scans")
+        pace = Pace(points, bare * processes if bare and processes else None)
+        tasks = _tasks(_whole(head, wanted.todo, report), wanted, transaction.stage("segment"), options)
+        for results in encode_batches(tasks, where):
+            pace.add([result.task.scan for result in results], _commit_segments(transaction, head, results, report))
+            if processes_now(where) != processes:
+                pace.bare_per_s = None  # of workers that come and go nobody can say what they could have done
+            progress.advance(len(results), pace.note())
+        progress.finish()
+    return replace(
+        report,
+        runtime=choice.runtime.name,
+        precision=choice.runtime.precision,
+        trial_patches_per_s=dict(choice.patches_per_s),
+        patches_per_s=pace.per_s,
+        bare_patches_per_s=pace.bare_per_s,
+    )
 
 
 def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:
@@ -151,41 +167,6 @@ def recalls_asked_for(repository: Repository) -> dict[str, float]:
     return found
 
 
-def _job(
-    head: Snapshot, card: EncoderCard, scans: Sequence[str], directory: Path, stride: int, options: IndexOptions
-) -> Job:
-    """What is known of the encoding to come: how many patches at most, and what encoded this encoder's last scans."""
-    from isimed_index.encoders.runtimes.trial import Job
-
-    step_mm, patches = stride * card.spacing_mm, 0
-    for row in map(head.scan_row, scans):
-        patches += math.prod(max(1, math.ceil(row[f"n{axis}"] * row[f"d{axis}_mm"] / step_mm)) for axis in "xyz")
-    last = max(head.segments(card.id), key=lambda segment: segment.first_row_id, default=None)
-    ran = {} if last is None else last.artefact.fields.get("runtime", {})
-    before = ran.get("name") if ran.get("precision") == options.runtime.precision else None
-    return Job(str(directory), options.device, options.trust, options.runtime, patches, stride, before)
-
-
-def _with_runtime(
-    job: Job, where: Workers, report: IndexReport, options: IndexOptions, progress: Progress
-) -> tuple[IndexReport, IndexOptions]:
-    """Report and options with the runtime that the workers will use; once a run, so that all of them use the same."""
-    progress.start("runtime", 1, "choice")
-    choice = choose_on(job, where)
-    rate = choice.patches_per_s.get(choice.runtime.name)
-    progress.advance(1, str(choice.runtime) + ("" if rate is None else f", {rate:,.0f} patches/s"))
-    progress.finish()
-    for name, reason in choice.failed.items():
-        warnings.warn(f"the runtime {name} is left aside: {reason}", IsimedWarning, stacklevel=2)
-    told = replace(
-        report,
-        runtime=choice.runtime.name,
-        precision=choice.runtime.precision,
-        trial_patches_per_s=dict(choice.patches_per_s),
-    )
-    return told, replace(options, runtime=choice.runtime)
-
-
 def _whole(head: Snapshot, scans: Sequence[str], report: IndexReport) -> Iterator[tuple[str, Path]]:
     """Each scan whose voxels are as committed, and where they are on this machine; a damaged one is refused by name."""
     for scan in scans:
@@ -196,23 +177,18 @@ def _whole(head: Snapshot, scans: Sequence[str], report: IndexReport) -> Iterato
 
 
 def _tasks(
-    scans: Iterator[tuple[str, Path]],
-    keys: Mapping[str, str],
-    encoder: Path,
-    bench: Path,
-    stride: int,
-    options: IndexOptions,
+    scans: Iterator[tuple[str, Path]], wanted: Wanted, bench: Path, options: IndexOptions
 ) -> Iterator[EncodeTask]:
     release = version("isimed-index")
     for number, (scan, voxels) in enumerate(scans):
         yield EncodeTask(
             number,
-            keys[scan],
+            wanted.keys[scan],
             scan,
             str(voxels),
-            str(encoder),
+            str(wanted.directory),
             str(bench),
-            stride,
+            wanted.stride_vox,
             options.device,
             options.trust,
             options.runtime,
@@ -220,9 +196,7 @@ def _tasks(
         )
 
 
-def _commit_segments(
-    transaction: Transaction, head: Snapshot, card: EncoderCard, results: Sequence[Encoded], report: IndexReport
-) -> int:
+def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence[Encoded], report: IndexReport) -> int:
     """Commit a batch; a segment that another process committed meanwhile is left out. Returns the patches encoded."""
     staged: list[Artefact] = []
     for result in results:
@@ -239,7 +213,7 @@ def _commit_segments(
         report.encoded.append(result.task.scan)
 
     def propose(now: Snapshot) -> Proposal:
-        stored = now.segments(card.id)
+        stored = now.segments(report.encoder)
         there = {segment.task for segment in stored}
         fresh = [artefact for artefact in staged if artefact.fields["task"] not in there]
         again = {artefact.fields["scan_artefact"] for artefact in fresh}

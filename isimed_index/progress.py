@@ -13,7 +13,10 @@ class Progress(Protocol):
         ...
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` more units are done; `note` is a short state to show beside the bar (loss, rate)."""
+        """`n` more units are done; `note` is a short state to show beside the bar (loss, rate).
+
+        A note with `ETA` in it says the time that is left better than the number of units does.
+        """
         ...
 
     def finish(self) -> None:

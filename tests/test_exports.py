@@ -22,6 +22,8 @@ SIGNATURES = {
     "tensorboard=None, wandb=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
     "max_ram=None, progress=None, runtime='auto', precision='fp32'",
+    "plan_index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', progress=None, "
+    "runtime='auto', precision='fp32'",
     "similar": "scan, label=None, k=10, where=None, same_subject='exclude', pooling='mean', encoder=None",
     "keep": "matches, question",
     "register": "to=None, kind='rigid', rounds=2, where=None, workers=1, redo=False, progress=None",

@@ -11,14 +11,16 @@ import pytest
 from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
 
 import isimed_index as isi
-from isimed_index import indexing
+from isimed_index import indexing, planning
 from isimed_index.api import Store
 from isimed_index.encode import cluster
+from isimed_index.encoders.runtimes import trial
 from isimed_index.encoders.runtimes.kind import Runtime
 from isimed_index.encoders.runtimes.trial import Choice, Job
 from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
 from isimed_index.index.card import IndexCard
+from isimed_index.progress import Silent
 
 
 @pytest.fixture
@@ -337,9 +339,31 @@ def runtimes(store: Store) -> list[str]:
 def test_a_short_job_runs_on_torch_without_a_trial(fresh: Store):
     report = fresh.index(where=ONE)
     assert (report.runtime, report.precision, report.trial_patches_per_s) == ("torch", "fp32", {})
+    assert (report.patches_per_s is None, report.bare_patches_per_s, report.share_of_bare) == (False, None, None)
     assert runtimes(fresh) == ["torch"]
     again = fresh.index(where=ONE)
-    assert (again.runtime, again.precision) == ("", "")
+    assert (again.runtime, again.precision, again.patches_per_s) == ("", "", None)
+
+
+def test_a_long_job_without_a_trial_is_compared_with_the_bare_network(fresh: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "_LONG", 1)
+    monkeypatch.setattr(trial, "_EDGE", 8)
+    notes: list[str] = []
+    report = fresh.index(where=ONE, runtime="torch", progress=Notes(notes))
+    assert report.trial_patches_per_s == {}
+    assert report.bare_patches_per_s is not None
+    assert report.share_of_bare == pytest.approx(report.patches_per_s / report.bare_patches_per_s)
+    assert any(note.startswith(f"{report.patches:,} patches") for note in notes)
+
+
+class Notes(Silent):
+    """Keeps what a job says of itself."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.notes.append(note)
 
 
 def test_a_runtime_by_name_is_recorded_and_gone_on_with(fresh: Store):
@@ -396,6 +420,8 @@ def test_a_long_job_has_one_trial_and_says_what_it_found(fresh: Store, monkeypat
     with pytest.warns(IsimedWarning, match="runtime onnx is left aside: it fails"):
         report = fresh.index(where=TWO)
     assert (report.runtime, report.trial_patches_per_s) == ("openvino", {"torch": 100.0, "openvino": 230.0})
+    assert report.bare_patches_per_s == 230.0  # of one process
+    assert report.patches_per_s == pytest.approx(230.0 * report.share_of_bare)
     assert runtimes(fresh) == ["openvino", "openvino"]
     (job,) = asked
     assert report.patches <= job.patches <= 3 * report.patches  # it counts air as well

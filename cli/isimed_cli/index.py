@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,9 @@ def index(
     max_ram: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Most memory for the index, such as 4G.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and what time and room it would take.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after an interruption: always so, said for scripts.")
     ] = False,
@@ -59,6 +63,20 @@ def index(
     from isimed_cli.batch import add_first, end_batch, list_refusals, write_report
     from isimed_cli.render import show_fields
 
+    if dry_run:
+        _plan(
+            session,
+            paths,
+            report,
+            encoder=encoder,
+            stride_mm=stride,
+            where=where,
+            scheduler=scheduler,
+            device=device,
+            runtime=runtime,
+            precision=precision,
+        )
+        return
     store, refused = add_first(session, paths)
     try:
         with session.progress() as progress:
@@ -86,12 +104,79 @@ def index(
             "runtime": done.runtime,
             "precision": done.precision,
             "trial_patches_per_s": done.trial_patches_per_s,
+            "patches_per_s": done.patches_per_s,
+            "bare_patches_per_s": done.bare_patches_per_s,
+            "share_of_bare": done.share_of_bare,
         }
         write_report(report, fields, refused)
         if session.format is Format.TABLE:
             fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
-            fields = {name: value for name, value in fields.items() if value not in ("", {})}
+            fields = {name: value for name, value in fields.items() if value not in ("", {}, None)}
         show_fields(fields, session.format)
     finally:
         list_refusals(refused)
     end_batch(len(done.encoded) + len(done.skipped), refused)
+
+
+def _plan(session: Session, paths: list[Path] | None, report: Path | None, **asked: Any) -> None:
+    """Show what the same command without --dry-run would do; damaged scans are told of on stderr."""
+    from dataclasses import asdict
+
+    from isimed_cli.batch import list_refusals, write_report
+    from isimed_cli.render import show_fields
+    from isimed_index.errors import UsageError
+
+    if paths:
+        raise UsageError(
+            "a dry run adds nothing, so it cannot say what scans outside the store would take",
+            next_step="isimed add PATH, then isimed index --dry-run",
+        )
+    store = session.open(mode="r")
+    with session.progress() as progress:
+        plan = store.plan_index(progress=progress, **asked)
+    fields = asdict(plan) | {"damaged": [item.name for item in plan.damaged]}
+    write_report(report, {name: value for name, value in fields.items() if name != "damaged"}, plan.damaged)
+    if session.format is Format.TABLE:
+        fields = _said(fields)
+    show_fields(fields, session.format)
+    list_refusals(plan.damaged)
+
+
+def _said(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan as a person reads it: counts, units, and behind each number what it is founded on."""
+    basis, said = plan.pop("basis"), {}
+    for name, value in plan.items():
+        if value in ("", {}, None) or (name == "processes" and not value):
+            continue
+        shown = len(value) if isinstance(value, list) and name != "measured_scans" else value
+        shown = _WRITE[name](shown) if name in _WRITE else shown
+        said[name] = f"{shown} ({basis[name]})" if name in basis else shown
+    if not plan["to_encode"]:
+        return {name: said[name] for name in ("encoder", "to_encode", "skipped", "damaged")}
+    return {name: value for name, value in said.items() if value != []}
+
+
+def _duration(seconds: float) -> str:
+    """Such as `45 s`, `12 min` or `3.5 h`."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(count: int) -> str:
+    """Such as `34.1 MB`, in powers of 1000."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+_WRITE = {
+    "patches": "{:,}".format,
+    "patches_per_s": "{:,.0f}".format,
+    "bare_patches_per_s": "{:,.0f}".format,
+    "bytes_written": _size,
+    "seconds": _duration,
+    "memory_bytes": _size,
+}

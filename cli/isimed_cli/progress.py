@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TextIO
 from isimed_index.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
 
 LINE_EVERY_S = 10.0
+_ETA = "ETA"  # in a note that says itself how much time is left
 
 
 @contextmanager
@@ -37,6 +38,13 @@ class Bars:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
+
+        class _Remaining(TimeRemainingColumn):
+            """Time left by the number of units, unless the note knows better."""
+
+            def render(self, task: Task) -> Text:
+                return Text() if _ETA in task.fields["note"] else Text("ETA ") + super().render(task)
 
         self._bars = RichProgress(
             TextColumn("{task.description}"),
@@ -44,8 +52,7 @@ class Bars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _Remaining(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[note]}"),
             console=Console(file=stream),
@@ -118,7 +125,7 @@ class _Task:
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
         took = now - self.began
         left = None if self.total is None or not self.done else took / self.done * (self.total - self.done)
-        eta = f"ETA {left:.0f} s" if left and took >= 1 else ""
+        eta = f"{_ETA} {left:.0f} s" if left and took >= 1 and _ETA not in self.note else ""
         rate = rate_of(self.done, took, self.unit)
         parts = [f"{self.name}: {count} {self.unit}", f"{took:.0f} s", rate, eta, self.note]
         return " · ".join(part for part in parts if part)

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,10 @@ class Workers(Protocol):
         """How many scans can be worked on at once, as things are; `WorkerFailed` when nobody is left to say so."""
         ...
 
+    def processes(self) -> int:
+        """How many processes encode, each one pass of the network at a time; raises as `places` does."""
+        ...
+
     def died(self, error: BaseException) -> bool:
         """Whether a task ended with this error because workers died, and not by itself."""
         ...
@@ -85,6 +90,10 @@ class Threads:
     def places(self) -> int:
         """One scan is computed while another one is read."""
         return AT_ONCE
+
+    def processes(self) -> int:
+        """This one."""
+        return 1
 
     def died(self, error: BaseException) -> bool:
         """Never: a thread dies with its process."""
@@ -116,10 +125,17 @@ class Cluster:
 
     def places(self) -> int:
         """Two scans in each process, if it has the threads; workers may come and go at any time."""
+        return sum(min(AT_ONCE, threads) for threads in self._threads_of_each())
+
+    def processes(self) -> int:
+        """As many as there are workers at the moment."""
+        return len(self._threads_of_each())
+
+    def _threads_of_each(self) -> list[int]:
         if self.client.status != "running":
             raise self.lost()
         try:
-            return sum(min(AT_ONCE, threads) for threads in self.client.nthreads().values())
+            return list(self.client.nthreads().values())
         except OSError as error:
             raise self.lost() from error
 
@@ -303,22 +319,26 @@ def _portable(error: Exception) -> Exception:
 
 def choose_on(job: Job, where: Workers) -> Choice:
     """The runtime for a job, chosen on one of the workers that will do it: this machine may be unlike them."""
-    import uuid
+    died = WorkerFailed(
+        "the workers died that tried which runtime is the fastest", next_step="name one: --runtime torch"
+    )
+    return ask(_choose, job, where, died)
 
-    future = where.submit(_choose, job, f"choose-{uuid.uuid4().hex}")
+
+def ask(function: Callable[[_A], _R], argument: _A, where: Workers, died: WorkerFailed) -> _R:
+    """What a function of one argument says on one of the workers; raises `died` when workers died of it."""
+    future = where.submit(function, argument, f"{function.__name__.strip('_')}-{uuid.uuid4().hex}")
     try:
-        chosen: Choice = where.result(future)
+        said: _R = where.result(future)
     except IsimedError:
         raise
     except BaseException as error:
         if future.cancelled():
             raise where.lost() from error
         if where.died(error):
-            raise WorkerFailed(
-                "the workers died that tried which runtime is the fastest", next_step="name one: --runtime torch"
-            ) from error
+            raise died from error
         raise
-    return chosen
+    return said
 
 
 def _choose(job: Job) -> Choice:

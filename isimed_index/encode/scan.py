@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,13 @@ from isimed_index.scans.prepare import Volume, prepare, resample_labels
 from isimed_index.space import Affine
 from isimed_index.store.place.faults import fault_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _MORE_MEMORY = (
     "give each worker more memory, or run fewer of them (--scheduler processes:N), then run the same command again"
 )
+IN_FULL = ("position",)  # outputs that are stored in 32 bits
 AT_ONCE = 2  # scans that a process works on: one is computed, one read
 _ENTERING = threading.BoundedSemaphore(AT_ONCE)  # a Dask worker may have more threads than that
 _COMPUTING = threading.Lock()
@@ -55,13 +59,21 @@ def encode_volume(
 
     Returns the grid, the numbers (n,) of the patches kept, their vectors {output: (n, d)} and foreground shares (n,).
     """
-    x, y, z = volume.values.shape
-    grid = PatchGrid((x, y, z), encoder.card.patch_vox, stride_vox, volume.affine)
-    share = grid.foreground_fraction(volume.foreground)
-    numbers = np.flatnonzero(share >= MIN_FOREGROUND)
+    grid, numbers, share = kept_patches(encoder.card, volume, stride_vox)
     with _COMPUTING:
         vectors = encode_grid(encoder, volume, grid, numbers)
-    return grid, numbers, vectors, share[numbers]
+    return grid, numbers, vectors, share
+
+
+def kept_patches(
+    card: EncoderCard, volume: Volume, stride_vox: int
+) -> tuple[PatchGrid, NDArray[np.int64], NDArray[np.float32]]:
+    """The grid of a working volume, and of the patches that hold enough foreground numbers (n,) and shares (n,)."""
+    x, y, z = volume.values.shape
+    grid = PatchGrid((x, y, z), card.patch_vox, stride_vox, volume.affine)
+    share = grid.foreground_fraction(volume.foreground)
+    numbers = np.flatnonzero(share >= MIN_FOREGROUND)
+    return grid, numbers, share[numbers]
 
 
 def volume_lattice(encoder: Encoder, volume: Volume, stride_vox: int, standard: Standard) -> Lattice:
@@ -130,20 +142,26 @@ def _attempt(task: EncodeTask, encoder: Encoder, directory: Path) -> Encoded:
 
     A worker that was given up for lost, and yet writes on, so cannot touch what another one wrote and is committed.
     """
-    from isimed_index.scans.chunks import open_chunks
-
     try:
-        stored = open_chunks(Path(task.chunks))
-        volume = prepared(stored.values(), stored.affine, encoder.card)
-        scan = ScanGeometry.of(stored.shape, stored.affine, stored.attributes)
-        labels = stored.labels()
-        if labels is not None:
-            labels = resample_labels(labels, stored.affine, encoder.card.spacing_mm)
+        volume, scan, labels = read_scan(Path(task.chunks), encoder.card)
         return Encoded(task, _stage(task, directory, encoder, volume, scan, labels), staged=str(directory))
     except RuntimeMismatch:
         raise
     except (IsimedError, OSError, MemoryError) as error:
         return Encoded(task, {}, _failure(task, error))
+
+
+def read_scan(chunks: Path, card: EncoderCard) -> tuple[Volume, ScanGeometry, NDArray[Any] | None]:
+    """A stored scan as an encoder wants it: working volume, geometry, and the labels (x, y, z) of that volume."""
+    from isimed_index.scans.chunks import open_chunks
+
+    stored = open_chunks(chunks)
+    volume = prepared(stored.values(), stored.affine, card)
+    scan = ScanGeometry.of(stored.shape, stored.affine, stored.attributes)
+    labels = stored.labels()
+    if labels is not None:
+        labels = resample_labels(labels, stored.affine, card.spacing_mm)
+    return volume, scan, labels
 
 
 def _failure(task: EncodeTask, error: Exception) -> IsimedError:
@@ -178,23 +196,12 @@ def _stage(
     scan: ScanGeometry,
     labels: NDArray[Any] | None,
 ) -> dict[str, Any]:
-    import pyarrow as pa
-
-    from isimed_index.store.segment import LABEL_SHARES, write_segment
+    from isimed_index.store.segment import write_segment
 
     grid, numbers, vectors, share = encode_volume(encoder, volume, task.stride_vox)
-    ijk, centres = grid.ijk(numbers).astype(np.int32), grid.centres_mm(numbers).astype(np.float32)
-    columns: dict[str, Any] = {"scan": pa.array([task.scan] * len(numbers), pa.string())}
-    columns |= {axis: ijk[:, n] for n, axis in enumerate("ijk")}
-    columns |= {f"{axis}_mm": centres[:, n] for n, axis in enumerate("xyz")}
-    columns["foreground"] = share.astype(np.float32)
-    if labels is not None:
-        rows, label, fraction = grid.label_fractions(labels, numbers)
-        ends = np.searchsorted(rows, np.arange(len(numbers) + 1)).astype(np.int32)
-        columns[LABEL_SHARES] = pa.MapArray.from_arrays(ends, label.astype(np.int32), fraction)
     # Positions are millimetres up to a metre, where float16 would round to half a millimetre; the rest is relative.
-    outputs = {name: v if name == "position" else halved(name, v) for name, v in vectors.items()}
-    fields = write_segment(directory, pa.table(columns), outputs)
+    outputs = {name: v if name in IN_FULL else halved(name, v) for name, v in vectors.items()}
+    fields = write_segment(directory, patch_rows(task.scan, grid, numbers, share, labels), outputs)
     write_geometry(directory, grid, scan)
     return {
         **fields,
@@ -203,6 +210,26 @@ def _stage(
         "task": task.key,
         "runtime": task.runtime.record(),
     }
+
+
+def patch_rows(
+    scan: str, grid: PatchGrid, numbers: NDArray[np.int64], share: NDArray[np.float32], labels: NDArray[Any] | None
+) -> pa.Table:
+    """What is stored of the patches `numbers` (n,) beside their vectors: where they are and what they show."""
+    import pyarrow as pa
+
+    from isimed_index.store.segment import LABEL_SHARES
+
+    ijk, centres = grid.ijk(numbers).astype(np.int32), grid.centres_mm(numbers).astype(np.float32)
+    columns: dict[str, Any] = {"scan": pa.array([scan] * len(numbers), pa.string())}
+    columns |= {axis: ijk[:, n] for n, axis in enumerate("ijk")}
+    columns |= {f"{axis}_mm": centres[:, n] for n, axis in enumerate("xyz")}
+    columns["foreground"] = share.astype(np.float32)
+    if labels is not None:
+        rows, label, fraction = grid.label_fractions(labels, numbers)
+        ends = np.searchsorted(rows, np.arange(len(numbers) + 1)).astype(np.int32)
+        columns[LABEL_SHARES] = pa.MapArray.from_arrays(ends, label.astype(np.int32), fraction)
+    return pa.table(columns)
 
 
 @lru_cache(maxsize=2)

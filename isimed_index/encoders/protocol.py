@@ -12,7 +12,7 @@ from isimed_index.errors import EncoderMismatch
 from isimed_index.grid import PatchGrid
 from isimed_index.scans.prepare import Volume
 
-_BATCH = 64  # patches in memory at once
+BATCH = 64  # patches in memory at once
 Vectors = dict[str, NDArray[np.float32]]  # output name → (n, dim)
 
 
@@ -71,8 +71,8 @@ def encode_grid(encoder: Encoder, volume: Volume, grid: PatchGrid, numbers: NDAr
 def encode_patches(encoder: Encoder, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
     """Encode the patches `numbers` (n,) of a volume's grid one by one, a batch at a time."""
     batches = [
-        encoder.encode(grid.extract(volume.values, numbers[start : start + _BATCH], volume.background))
-        for start in range(0, len(numbers), _BATCH)
+        encoder.encode(grid.extract(volume.values, numbers[start : start + BATCH], volume.background))
+        for start in range(0, len(numbers), BATCH)
     ]
     return {
         name: np.concatenate([np.empty((0, dim), np.float32), *(batch[name] for batch in batches)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from isimed_index.encoders.networks import Network
 from isimed_index.encoders.onnx_model import FACTORY as ONNX
 from isimed_index.encoders.onnx_model import open_onnx
 from isimed_index.encoders.passes import passes_hold
-from isimed_index.encoders.protocol import Encoder, Vectors, encode_patches
+from isimed_index.encoders.protocol import BATCH, Encoder, Vectors, encode_patches
 from isimed_index.encoders.runtimes.by_onnxruntime import onnx_run
 from isimed_index.encoders.runtimes.by_openvino import openvino_run
 from isimed_index.encoders.runtimes.by_torch import TorchRun, quick
@@ -73,6 +74,15 @@ class NetworkEncoder:
         own = self._own_stride
         return own is not None and not (stride % own and own % stride)
 
+    def parts(self, grid: PatchGrid, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The patches `numbers` (n,) in parts that cost together what they cost apart: tiles, or batches."""
+        own = self._own_stride
+        if own is None or not self.shares_work(grid.stride):
+            return [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
+        tiles = grid.ijk(numbers) // math.prod(_tiling(own, grid.stride))
+        _, tile = np.unique(tiles, axis=0, return_inverse=True)
+        return [numbers[tile.ravel() == n] for n in range(tile.max(initial=-1) + 1)]
+
     def encode_grid(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Vectors:
         """The same vectors as `encode` of each patch `numbers` (n,) of `grid`.
 
@@ -86,8 +96,7 @@ class NetworkEncoder:
             return encode_patches(self, volume, grid, numbers)
         result = {name: np.empty((len(numbers), dim), np.float32) for name, dim in self.card.outputs.items()}
         ijk = grid.ijk(numbers)
-        phases = max(1, own // grid.stride)
-        tile_points = max(1, TILE * own // max(own, grid.stride))
+        phases, tile_points = _tiling(own, grid.stride)
         for phase in itertools.product(range(phases), repeat=3):
             rows = np.flatnonzero((ijk % phases == phase).all(axis=1))
             tiles = ijk[rows] // phases // tile_points
@@ -119,6 +128,11 @@ class TorchEncoder(NetworkEncoder):
     def __init__(self, card: EncoderCard, network: Network, device: torch.device) -> None:
         stride = _own_stride(card, network)
         super().__init__(card, TorchRun(network, device), stride)
+
+
+def _tiling(own: int, stride: int) -> tuple[int, int]:
+    """For a lattice of `stride`: how many passes along each axis are shifted against each other, and points of each."""
+    return max(1, own // stride), max(1, TILE * own // max(own, stride))
 
 
 def _own_stride(card: EncoderCard, network: Network) -> int | None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import isimed_index
 from isimed_cli.main import app, main
 from isimed_index.api import Store
+from isimed_index.encode.forecast import IndexPlan
 from isimed_index.errors import (
     EncoderMismatch,
     Incompatible,
@@ -61,6 +62,23 @@ class FakeStore:
                 runtime="openvino",
                 precision="fp32",
                 trial_patches_per_s={"torch": 125.0, "openvino": 230.0},
+                patches_per_s=207.0,
+                bare_patches_per_s=230.0,
+                share_of_bare=0.9,
+            ),
+            "plan_index": IndexPlan(
+                encoder="c0ffee",
+                to_encode=["a", "b"],
+                skipped=["c"],
+                runtime="openvino",
+                precision="fp32",
+                processes=1,
+                patches=12_345,
+                patches_per_s=210.4,
+                bytes_written=34_100_000,
+                seconds=7200.0,
+                measured_scans=["a"],
+                basis=dict.fromkeys(("patches", "patches_per_s", "bytes_written", "seconds"), "extrapolated"),
             ),
             "lookup": matches,
             "search_patches": matches,
@@ -167,6 +185,21 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "device": "cpu",
             "min_recall": 0.9,
             "max_ram": 2 * 1024**3,
+            "runtime": "openvino",
+            "precision": "bf16",
+        },
+    ),
+    (
+        "index --dry-run --encoder first --stride 8 --where nx>3 --scheduler processes --device cpu --min-recall 0.9 "
+        "--runtime openvino --precision bf16",
+        "plan_index",
+        (),
+        {
+            "encoder": "first",
+            "stride_mm": 8.0,
+            "where": "nx>3",
+            "scheduler": "processes",
+            "device": "cpu",
             "runtime": "openvino",
             "precision": "bf16",
         },
@@ -435,8 +468,37 @@ class TestBatches:
         assert lines["recall_at_10"] == "0.99"
         assert lines["runtime"] == "openvino"
         assert lines["trial_patches_per_s"] == "torch=125.00 openvino=230.00"
+        assert (lines["patches_per_s"], lines["share_of_bare"]) == ("207.00", "0.90")
         assert lines["refused"] == "1"
         assert json.loads((tmp_path / "r.json").read_text())["encoded"] == ["a"]
+
+    def test_a_dry_run_says_what_its_numbers_are_founded_on(self, store: FakeStore, capsys: Any):
+        assert main(["index", "--dry-run"]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert (lines["to_encode"], lines["skipped"], lines["damaged"]) == ("2", "1", "0")
+        assert lines["patches"] == "12,345 (extrapolated)"
+        assert lines["bytes_written"] == "34.1 MB (extrapolated)"
+        assert lines["seconds"] == "2.0 h (extrapolated)"
+        assert lines["measured_scans"] == "a"
+        assert "memory_bytes" not in lines
+        assert store.opened == [("cohort.isimed", "r")]  # type: ignore[attr-defined]
+
+    def test_a_dry_run_tells_of_damaged_scans_and_of_nothing_to_do(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        store.answers["plan_index"] = IndexPlan("c0ffee", skipped=["a"], damaged=[REFUSAL])
+        assert main(["index", "--dry-run", "--json", "--report", "r.json"]) == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out)["damaged"] == ["bad.nii"]
+        assert json.loads(told.out)["to_encode"] == []
+        assert "bad.nii: not a NIfTI file" in told.err
+        assert json.loads((tmp_path / "r.json").read_text())["refused"][0]["name"] == "bad.nii"
+        assert main(["index", "--dry-run"]) == 0
+        names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert names == ["encoder", "to_encode", "skipped", "damaged"]
+
+    def test_a_dry_run_adds_nothing(self, store: FakeStore, capsys: Any):
+        assert main(["index", "images", "--dry-run"]) == 2
+        assert "Next: isimed add PATH, then isimed index --dry-run" in capsys.readouterr().err
+        assert store.calls == []
 
     def test_refusals_of_added_paths_count_in_index_and_pretrain(self, store: FakeStore, capsys: Any):
         store.answers["add"].refused = [REFUSAL]

@@ -92,3 +92,27 @@ def test_nothing_is_shown_when_not_wanted():
         assert isinstance(progress, Silent)
         work(progress)
     assert stream.getvalue() == ""
+
+
+def test_a_note_that_knows_how_much_time_is_left_takes_the_place_of_the_units(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("encode", 4, "scans")
+    clock[0] += 10
+    lines.advance(2, note="310 patches · 31 patches/s · ETA 95 s")
+    assert stream.getvalue().splitlines() == [
+        "encode: 2/4 scans · 10 s · 0.2 scans/s · 310 patches · 31 patches/s · ETA 95 s"
+    ]
+
+
+def test_a_bar_shows_one_time_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with progress_on(stream, shown=True) as progress:
+        progress.start("encode", 4, "scans")
+        progress.advance(note="310 patches · ETA 95 s")
+    (last,) = [line for line in stream.getvalue().splitlines() if "310 patches" in line][-1:]
+    assert "ETA 95 s" in last
+    assert last.count("ETA") == 1

@@ -106,6 +106,23 @@ def _tried(job: Job, card: EncoderCard, native: Runtime, others: Sequence[str]) 
     return Choice(Runtime(best, native.precision) if ahead else native, rates, failed)
 
 
+def bare_pace(job: Job) -> float | None:
+    """Patches a second of bare passes of the runtime that a job asks for; None where these fail: the job will say."""
+    try:
+        card = read_card(Path(job.encoder))
+        encoder = open_encoder(card, weights_file(Path(job.encoder), card), job.device, job.trust, job.asked)
+        return pace_of(encoder, job.stride_vox)
+    except Exception:  # noqa: BLE001 — a figure to compare with must not end a job
+        return None
+
+
+def pace_of(encoder: Encoder, stride_vox: int) -> float:
+    """Patches a second of an encoder that has nothing else to do: of noise, in memory, the faster of two rounds."""
+    once = round_of(encoder, stride_vox)
+    once()  # the first round is not the pace
+    return max(once(), once())
+
+
 def round_of(encoder: Encoder, stride_vox: int) -> Callable[[], float]:
     """What encodes a little noise as the job will its scans, and says how many patches a second that were."""
     card, rng = encoder.card, np.random.default_rng(0)

@@ -1,0 +1,207 @@
+"""What there is to do before anything is encoded: which scans, how many patches, in which runtime, and how long.
+
+`index` and its dry run begin with the same steps, so that the one does what the other one said.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from isimed_index.encode import (
+    IndexPlan,
+    Probe,
+    Size,
+    Workers,
+    ask,
+    choose_on,
+    forecast,
+    lattice_points,
+    measure,
+    most_telling,
+    stride_in_voxels,
+    task_key,
+    workers,
+)
+from isimed_index.encode.forecast import AT_MOST, MEASURED
+from isimed_index.encoders.card import EncoderCard, read_card
+from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
+from isimed_index.errors import IsimedWarning, NotFound, StoreDamaged, WorkerFailed
+from isimed_index.ingest.report import Refusal
+from isimed_index.progress import Progress
+from isimed_index.scans.prepare import WorkingGrid
+from isimed_index.store.integrity import check_there
+from isimed_index.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from isimed_index.encoders.runtimes.trial import Choice, Job
+
+_LONG = 50_000  # patches at most from which on the bare network is measured for comparison, if it was not in a trial
+
+
+@dataclass(frozen=True, slots=True)
+class IndexOptions:
+    """Which encoder and lattice, where to run, and what the index has to reach."""
+
+    encoder: str | None = None
+    stride_mm: float | None = None
+    scheduler: str = "threads"
+    device: str = "auto"
+    min_recall: float = 0.98
+    max_ram: int | None = None
+    trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
+    runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
+
+
+def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexPlan:
+    """What `index_scans` would do with `scans`, and what that would take, from a measurement of some seconds.
+
+    Nothing is written to the store. Scans are checked for missing files and sizes; those that are measured for hashes.
+    """
+    wanted = what_is_wanted(snapshot, scans, options)
+    plan = IndexPlan(wanted.card.id, skipped=wanted.skipped)
+    if not wanted.todo and not wanted.skipped:
+        raise no_scan()
+    damaged: dict[str, Refusal] = {}
+    sizes = list(_there(snapshot, wanted, damaged))
+    probed = tuple(_readable(snapshot, most_telling(sizes), damaged))
+    if not probed:  # nothing to encode, or nothing that could be measured
+        return _without_numbers(plan, sizes, damaged)
+    with workers(options.scheduler) as where:
+        job = job_of(snapshot, wanted, sum(size.points for size in sizes_of(snapshot, wanted)), options)
+        choice = choose_runtime(job, where, progress)
+        probe = Probe(job.encoder, job.device, job.trust, choice.runtime, wanted.stride_vox, probed)
+        progress.start("measure", None, "scans")
+        died = WorkerFailed("the workers died that measured how long it would take", next_step="isimed index")
+        measured = ask(measure, probe, where, died)
+        progress.advance(len(measured.samples))
+        progress.finish()
+        processes = max(1, where.processes())
+        overlap = where.places() > processes
+    damaged |= measured.refused
+    plan = replace(
+        _without_numbers(plan, sizes, damaged),
+        runtime=choice.runtime.name,
+        precision=choice.runtime.precision,
+        trial_patches_per_s=dict(choice.patches_per_s),
+    )
+    sound = [size for size in sizes if size.scan not in damaged]
+    return forecast(plan, wanted.card, sound, measured, processes=processes, overlap=overlap) if sound else plan
+
+
+def _without_numbers(plan: IndexPlan, sizes: Sequence[Size], damaged: Mapping[str, Refusal]) -> IndexPlan:
+    sound = [size for size in sizes if size.scan not in damaged]
+    known = {} if sound else dict.fromkeys(("patches", "bytes_written"), MEASURED)
+    return replace(
+        plan,
+        to_encode=[size.scan for size in sound],
+        damaged=list(damaged.values()),
+        patches=sum(size.points for size in sound),
+        basis=known or {"patches": AT_MOST},
+    )
+
+
+def no_scan() -> NotFound:
+    """The error of a job that no scan is in."""
+    return NotFound("there is no scan to index", next_step="isimed add PATH, or widen --where")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An encoder, its lattice, and which scans have no vectors of these yet."""
+
+    card: EncoderCard
+    directory: Path
+    stride_vox: int
+    keys: Mapping[str, str]  # scan → key of its task
+    todo: list[str]
+    skipped: list[str]
+
+
+def what_is_wanted(head: Snapshot, scans: Sequence[str], options: IndexOptions) -> Wanted:
+    """The encoder and lattice of a job, and which of `scans` are not encoded by it yet, in their order."""
+    directory = head.encoder_path(options.encoder)
+    card = read_card(directory)
+    stride = stride_in_voxels(card, options.stride_mm)
+    precision = options.runtime.precision
+    keys = {scan: task_key(head.scan_row(scan)["digest"], card, stride, precision) for scan in scans}
+    done = {segment.task for segment in head.segments(card.id)}
+    todo = [scan for scan in keys if keys[scan] not in done]
+    return Wanted(card, directory, stride, keys, todo, [scan for scan in keys if keys[scan] in done])
+
+
+def sizes_of(head: Snapshot, wanted: Wanted) -> Iterator[Size]:
+    """The size of each scan that is to be encoded, from the catalogue."""
+    for scan in wanted.todo:
+        row = head.scan_row(scan)
+        x, y, z = (int(row[f"n{axis}"]) for axis in "xyz")
+        spacing = np.diag([*(row[f"d{axis}_mm"] for axis in "xyz"), 1.0])
+        shape = WorkingGrid.of((x, y, z), spacing, wanted.card.spacing_mm).shape
+        yield Size(scan, x * y * z, lattice_points(wanted.card, shape, wanted.stride_vox))
+
+
+def _there(head: Snapshot, wanted: Wanted, damaged: dict[str, Refusal]) -> Iterator[Size]:
+    """Those of the scans to encode whose files are there, in their sizes; the others go to `damaged`."""
+    voxels = {artefact.path: artefact for artefact in head.artefacts("scan")}
+    for size in sizes_of(head, wanted):
+        try:
+            check_there(head.storage, voxels[head.scan_row(size.scan)["artefact"]])
+        except StoreDamaged as error:
+            damaged[size.scan] = Refusal.of(size.scan, error)
+        else:
+            yield size
+
+
+def _readable(head: Snapshot, sizes: Sequence[Size], damaged: dict[str, Refusal]) -> Iterator[tuple[str, str]]:
+    """Scans and the paths of their voxels, which are as committed; the others go to `damaged`."""
+    for size in sizes:
+        try:
+            yield size.scan, str(head.chunks_path(size.scan))
+        except StoreDamaged as error:
+            damaged[size.scan] = Refusal.of(size.scan, error)
+
+
+def processes_now(where: Workers) -> int | None:
+    """How many processes encode at the moment; None when the scheduler is lost, of which others will tell."""
+    with suppress(WorkerFailed):
+        return where.processes()
+    return None
+
+
+def bare_pace_on(job: Job, where: Workers, choice: Choice) -> float | None:
+    """Patches a second of the bare network in one process: from the trial, or for a long job measured now."""
+    from isimed_index.encoders.runtimes.trial import bare_pace
+
+    if job.patches < _LONG or choice.runtime.name in choice.patches_per_s:
+        return choice.patches_per_s.get(choice.runtime.name)
+    died = WorkerFailed("the workers died that measured the network", next_step="isimed index again")
+    return ask(bare_pace, replace(job, asked=choice.runtime), where, died)
+
+
+def job_of(head: Snapshot, wanted: Wanted, patches: int, options: IndexOptions) -> Job:
+    """The encoding of so many patches at most, and what is known of it: what encoded this encoder's last scans."""
+    from isimed_index.encoders.runtimes.trial import Job
+
+    last = max(head.segments(wanted.card.id), key=lambda segment: segment.first_row_id, default=None)
+    ran = {} if last is None else last.artefact.fields.get("runtime", {})
+    before = ran.get("name") if ran.get("precision") == options.runtime.precision else None
+    directory = str(wanted.directory)
+    return Job(directory, options.device, options.trust, options.runtime, patches, wanted.stride_vox, before)
+
+
+def choose_runtime(job: Job, where: Workers, progress: Progress) -> Choice:
+    """The runtime that the workers will use; once a run, so that all of them use the same."""
+    progress.start("runtime", 1, "choice")
+    choice = choose_on(job, where)
+    rate = choice.patches_per_s.get(choice.runtime.name)
+    progress.advance(1, str(choice.runtime) + ("" if rate is None else f", {rate:,.0f} patches/s"))
+    progress.finish()
+    for name, reason in choice.failed.items():
+        warnings.warn(f"the runtime {name} is left aside: {reason}", IsimedWarning, stacklevel=2)
+    return choice
