@@ -21,7 +21,7 @@ from isimed_index.encode import (
     Workers,
     ask,
     choose_on,
-    forecast,
+    foresee,
     lattice_points,
     measure,
     most_telling,
@@ -92,7 +92,7 @@ def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, 
         trial_patches_per_s=dict(choice.patches_per_s),
     )
     sound = [size for size in sizes if size.scan not in damaged]
-    return forecast(plan, wanted.card, sound, measured, processes=processes, overlap=overlap) if sound else plan
+    return foresee(plan, wanted.card, sound, measured, processes=processes, overlap=overlap) if sound else plan
 
 
 def _without_numbers(plan: IndexPlan, sizes: Sequence[Size], damaged: Mapping[str, Refusal]) -> IndexPlan:

@@ -139,6 +139,8 @@ def _plan(session: Session, paths: list[Path] | None, report: Path | None, **ask
     if session.format is Format.TABLE:
         fields = _said(fields)
     show_fields(fields, session.format)
+    if not plan.to_encode:
+        session.note("there is nothing to encode")
     list_refusals(plan.damaged)
 
 

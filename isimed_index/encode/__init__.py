@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from isimed_index.encode.cluster import Workers, ask, choose_on, workers
-from isimed_index.encode.forecast import IndexPlan, Probe, Size, forecast, lattice_points, measure, most_telling
+from isimed_index.encode.forecast import IndexPlan, Probe, Size, foresee, lattice_points, measure, most_telling
 from isimed_index.encode.pace import Pace
 from isimed_index.encode.scan import encode_volume, prepared, volume_lattice
 from isimed_index.encode.stream import encode_batches
@@ -29,7 +29,7 @@ __all__ = [
     "choose_on",
     "encode_batches",
     "encode_volume",
-    "forecast",
+    "foresee",
     "grid_key",
     "lattice_points",
     "measure",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLES = 3  # scans that are measured at most
-_BEGIN_S = 8.0  # after that no other scan is begun
+_BEGIN_S = 8.0  # after so long, from the first scan on, no other one is begun
 _ENCODE_S = 2.0  # of each scan; the part that is begun then is ended
 _HEADER_BYTES = 128  # of a .npy file
 _WARM = 16  # patches that are encoded before the clock runs
@@ -82,6 +82,7 @@ class Measured:
     samples: tuple[Sample, ...] = ()
     refused: Mapping[str, Refusal] = field(default_factory=dict)  # by scan, those that could not be read
     bare_patches_per_s: float | None = None  # of the network alone, on noise in memory
+    load_s: float = 0.0  # until the encoder was ready
     bytes_a_voxel: float = 0.0  # of the stored image, at most while it is read and prepared
     process_bytes: int = 0  # the most that the process had, with one scan in it
 
@@ -136,6 +137,7 @@ def measure(probe: Probe) -> Measured:
 
     began = time.perf_counter()
     encoder = load_encoder(Path(probe.encoder), probe.device, probe.trust, probe.runtime)
+    load_s = time.perf_counter() - began
     bare = pace_of(encoder, probe.stride_vox)
     samples: list[Sample] = []
     refused: dict[str, Refusal] = {}
@@ -146,6 +148,7 @@ def measure(probe: Probe) -> Measured:
         try:
             if not samples:  # also loads what reading needs; the first time is not the pace
                 bytes_a_voxel = _bytes_a_voxel(Path(chunks), encoder.card, probe.stride_vox)
+                began = time.perf_counter()
             read = _timed_read(scan, Path(chunks), encoder.card, probe.stride_vox)
         except IsimedError as error:
             refused[scan] = Refusal.of(scan, error)
@@ -153,7 +156,7 @@ def measure(probe: Probe) -> Measured:
             samples.append(_sample(scan, read, encoder, warm=bool(samples)))
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Measured(tuple(samples), refused, bare, bytes_a_voxel, peak)
+    return Measured(tuple(samples), refused, bare, load_s, bytes_a_voxel, peak)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,7 +237,7 @@ def _bytes_a_voxel(chunks: Path, card: EncoderCard, stride_vox: int) -> float:
     return (peak - before) / read.voxels
 
 
-def forecast(
+def foresee(
     plan: IndexPlan, card: EncoderCard, sizes: Sequence[Size], measured: Measured, *, processes: int, overlap: bool
 ) -> IndexPlan:
     """`plan` with its numbers: what `measured` says of a few of the scans `sizes`, for all of them.
@@ -251,7 +254,8 @@ def forecast(
     seconds = None
     if reading is not None and (rate is not None or not patches):
         read_s = reading * sum(size.voxels for size in sizes)
-        seconds = _wall(read_s, patches / rate if rate else 0.0, len(sizes), processes, overlap=overlap)
+        encode_s = patches / rate if rate else 0.0
+        seconds = measured.load_s + _wall(read_s, encode_s, len(sizes), processes, overlap=overlap)
     together = MEASURED if processes == 1 else EXTRAPOLATED
     counted = MEASURED if not unknown else AT_MOST if share is None else EXTRAPOLATED
     found = replace(

@@ -492,7 +492,9 @@ class TestBatches:
         assert "bad.nii: not a NIfTI file" in told.err
         assert json.loads((tmp_path / "r.json").read_text())["refused"][0]["name"] == "bad.nii"
         assert main(["index", "--dry-run"]) == 0
-        names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        told = capsys.readouterr()
+        assert "there is nothing to encode" in told.err
+        names = [line.split()[0] for line in told.out.splitlines()]
         assert names == ["encoder", "to_encode", "skipped", "damaged"]
 
     def test_a_dry_run_adds_nothing(self, store: FakeStore, capsys: Any):
