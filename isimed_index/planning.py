@@ -29,7 +29,7 @@ from isimed_index.encode import (
     task_key,
     workers,
 )
-from isimed_index.encode.forecast import AT_MOST, MEASURED
+from isimed_index.encode.forecast import MEASURED, Measured
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
 from isimed_index.errors import IsimedWarning, NotFound, StoreDamaged, WorkerFailed
@@ -72,7 +72,7 @@ def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, 
     sizes = list(_there(snapshot, wanted, damaged))
     probed = tuple(_readable(snapshot, most_telling(sizes), damaged))
     if not probed:  # nothing to encode, or nothing that could be measured
-        return _without_numbers(plan, sizes, damaged)
+        return _with_numbers(plan, wanted.card, sizes, damaged, Measured(), processes=0, overlap=False)
     with workers(options.scheduler) as where:
         job = job_of(snapshot, wanted, sum(size.points for size in sizes_of(snapshot, wanted)), options)
         choice = choose_runtime(job, where, progress)
@@ -86,25 +86,30 @@ def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, 
         overlap = where.places() > processes
     damaged |= measured.refused
     plan = replace(
-        _without_numbers(plan, sizes, damaged),
+        plan,
         runtime=choice.runtime.name,
         precision=choice.runtime.precision,
         trial_patches_per_s=dict(choice.patches_per_s),
     )
-    sound = [size for size in sizes if size.scan not in damaged]
-    return foresee(plan, wanted.card, sound, measured, processes=processes, overlap=overlap) if sound else plan
+    return _with_numbers(plan, wanted.card, sizes, damaged, measured, processes=processes, overlap=overlap)
 
 
-def _without_numbers(plan: IndexPlan, sizes: Sequence[Size], damaged: Mapping[str, Refusal]) -> IndexPlan:
+def _with_numbers(
+    plan: IndexPlan,
+    card: EncoderCard,
+    sizes: Sequence[Size],
+    damaged: Mapping[str, Refusal],
+    measured: Measured,
+    *,
+    processes: int,
+    overlap: bool,
+) -> IndexPlan:
+    """`plan` for those of the scans `sizes` that are not damaged."""
     sound = [size for size in sizes if size.scan not in damaged]
-    known = {} if sound else dict.fromkeys(("patches", "bytes_written"), MEASURED)
-    return replace(
-        plan,
-        to_encode=[size.scan for size in sound],
-        damaged=list(damaged.values()),
-        patches=sum(size.points for size in sound),
-        basis=known or {"patches": AT_MOST},
-    )
+    plan = replace(plan, to_encode=[size.scan for size in sound], damaged=list(damaged.values()))
+    if not sound:
+        return replace(plan, basis=dict.fromkeys(("patches", "bytes_written"), MEASURED))
+    return foresee(plan, card, sound, measured, processes=processes, overlap=overlap)
 
 
 def no_scan() -> NotFound:

@@ -181,6 +181,22 @@ def test_damaged_scans_are_named_and_not_counted(fresh: Store):
     assert {refusal.name for refusal in fresh.index(stride_mm=32.0).refused} == {COPIES[1].stem, CROPPED.stem}
 
 
+def test_where_nothing_can_be_measured_nothing_is_made_up(fresh: Store):
+    where = f"scan IN ('{COPIES[1].stem}', '{CROPPED.stem}')"
+    integrity._verify_hash.cache_clear()
+    for copy in (COPIES[1], CROPPED):
+        shard = fresh.path / fresh.snapshot.voxels_of[copy.stem] / "0" / "c" / "0" / "0" / "0"
+        found = bytearray(shard.read_bytes())
+        found[50] ^= 1
+        shard.write_bytes(found)
+    plan = fresh.plan_index(where=where)
+    assert (plan.to_encode, len(plan.damaged), plan.patches, plan.seconds) == ([], 2, 0, None)
+    more = [planning.Size("elsewhere", 1000, 400)]
+    known = planning._with_numbers(plan, CARD, more, {}, Measured(), processes=0, overlap=False)
+    assert (known.patches, known.seconds, known.memory_bytes) == (400, None, None)
+    assert known.basis == {"patches": "upper bound", "bytes_written": "upper bound"}
+
+
 def test_a_plan_refuses_what_a_run_would_refuse_and_what_would_be_written(fresh: Store, tmp_path: Path):
     with pytest.raises(NotFound, match="no scan to index"):
         fresh.plan_index(where="false")
