@@ -20,6 +20,7 @@ from isimed_index.encode import (
     Size,
     Workers,
     ask,
+    check_scheduler,
     choose_on,
     foresee,
     lattice_points,
@@ -57,6 +58,9 @@ class IndexOptions:
     max_ram: int | None = None
     trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
     runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
+
+    def __post_init__(self) -> None:
+        check_scheduler(self.scheduler)
 
 
 def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexPlan:

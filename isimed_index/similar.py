@@ -49,6 +49,8 @@ class Likeness:
     pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.label, str | int | np.integer | None) or isinstance(self.label, bool):
+            raise UsageError(f"expected a label's name or its number, a whole one, found {self.label!r}")
         if self.k < 1:
             raise UsageError(f"expected k of at least 1, found {self.k}")
         if self.pooling not in get_args(Pooling):
@@ -192,7 +194,9 @@ def _nearest(label: str | int, numbers: Sequence[int], names: Sequence[str | Non
         return f"; the nearest are {', '.join(map(str, near))}"
     folded = {name.casefold(): name for name in names if name is not None}
     text = str(label).casefold()
-    close = difflib.get_close_matches(text, folded, n=_LISTED) or [name for name in folded if text in name][:_LISTED]
+    close = [name for name in folded if _spelt(name) == _spelt(text)]
+    close = close or difflib.get_close_matches(text, folded, n=_LISTED)
+    close = close or [name for name in folded if text in name][:_LISTED]
     if close:
         return f"; did you mean {' or '.join(repr(folded[name]) for name in close)}?"
     return "" if folded else "; its labels have numbers and no names"

@@ -386,6 +386,12 @@ def test_scans_in_another_precision_are_encoded_again(fresh: Store):
     assert now[0].vectors("embedding").tobytes() != rough
 
 
+@pytest.mark.parametrize("wrong", ["nonsense", "processes:0", "processes:many"])
+def test_a_misspelt_scheduler_is_refused_also_when_there_is_nothing_to_encode(cohort: Cohort, wrong: str):
+    with pytest.raises(UsageError, match="expected"):
+        isi.open(cohort.store, mode="a").index(scheduler=wrong)
+
+
 def test_packed_scans_still_say_what_encoded_them(fresh: Store):
     fresh.index(where=TWO, runtime="openvino")
     before = fresh.snapshot.segments()[0].artefact.fields["runtime"]

@@ -210,7 +210,9 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
         whole.similar(ASKED, "-1")
     with pytest.raises(NotFound, match="no scan 'sub-99'"):
         whole.similar("sub-99")
-    for wrong in ({"k": 0}, {"pooling": "max"}, {"same_subject": "all"}):
+    with pytest.raises(NotFound, match="did you mean 'white matter'\\?"):
+        whole.similar(ASKED, "White_Matter")
+    for wrong in ({"k": 0}, {"pooling": "max"}, {"same_subject": "all"}, {"label": True}, {"label": 3.0}):
         with pytest.raises(UsageError, match="expected"):
             whole.similar(ASKED, **wrong)
     store = isi.create(tmp_path / "c")

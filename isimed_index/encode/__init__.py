@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from isimed_index.encode.cluster import Workers, ask, choose_on, workers
+from isimed_index.encode.cluster import Workers, ask, check_scheduler, choose_on, workers
 from isimed_index.encode.forecast import IndexPlan, Probe, Size, foresee, lattice_points, measure, most_telling
 from isimed_index.encode.pace import Pace
 from isimed_index.encode.scan import encode_volume, prepared, volume_lattice
@@ -26,6 +26,7 @@ __all__ = [
     "Size",
     "Workers",
     "ask",
+    "check_scheduler",
     "choose_on",
     "encode_batches",
     "encode_volume",

@@ -159,6 +159,7 @@ def workers(scheduler: str = "threads") -> Iterator[Workers]:
 
     `UsageError` when it is none of these or nobody answers there; `MissingExtra` for `cuda` without dask-cuda.
     """
+    check_scheduler(scheduler)
     kind, _, count = scheduler.partition(":")
     if scheduler == "threads":
         with _threads() as threads:
@@ -171,13 +172,20 @@ def workers(scheduler: str = "threads") -> Iterator[Workers]:
         share = max(1, _cores() // processes)
         with _processes(processes, share) as cluster, _connected(cluster) as client:
             yield Cluster(client, share)
-    elif ":" in scheduler:
+    else:
         with _connected(scheduler) as client:
             cluster = Cluster(client)
             if not cluster.places():
                 warnings.warn("the Dask scheduler has no workers yet; waiting for some", IsimedWarning, stacklevel=3)
             yield cluster
-    else:
+
+
+def check_scheduler(scheduler: str) -> None:
+    """Raise `UsageError` for what `workers` would never know; nobody is asked whether he is there."""
+    kind, colon, count = scheduler.partition(":")
+    if kind == "processes" and colon:
+        _how_many(count)
+    elif scheduler not in ("threads", "processes", "cuda") and not colon:
         raise UsageError(
             f"expected the scheduler threads, processes, processes:N, cuda or an address, found {scheduler!r}",
             next_step="--scheduler tcp://host:8786",

@@ -7,9 +7,11 @@ its own, ahead of the training, in any order.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,7 @@ __all__ = ["Batch", "Cohort", "Source", "batches", "draw", "scans_of"]
 NEAR_MM = 40.0  # how far a near crop is centred from another at most
 _HALF_PATCH_VOX = 16.0
 _MOST_THREADS = 8
+_NICE = 10  # of 19; a thread's own on Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ def batches(
     """
     threads = config.sampler_threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
     ahead = threads + 1  # one is ready while every thread is at work
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler", initializer=_give_way)
     try:
         coming: deque[Future[Batch]] = deque()
         for begun, _ in enumerate(steps):
@@ -151,3 +154,9 @@ def batches(
             yield coming.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _give_way() -> None:
+    """Have this thread work where the training leaves a core idle: what waits for one of its threads waits for all."""
+    with suppress(OSError):  # some containers forbid it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,7 @@ from scipy.spatial.distance import pdist
 from isimed_index.config import Augmentation, PretrainConfig, pretrain_config
 from isimed_index.errors import ScanRefused, UsageError
 from isimed_index.grid import Box
+from isimed_index.pretrain import sampler
 from isimed_index.pretrain.sampler import Cohort, batches, draw, scans_of
 from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
@@ -334,6 +336,20 @@ def test_threads_change_nothing_and_none_is_left(threads: int) -> None:
     for step, batch in enumerate(found):
         assert torch.equal(batch.images, draw(cohort(3), setup, step, (1, 2)).images)
     assert not sampler_threads()
+
+
+def test_threads_give_way_to_the_training_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities = []
+
+    def noting(*arguments: Any) -> Any:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return draw(*arguments)
+
+    monkeypatch.setattr(sampler, "draw", noting)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    list(batches(Cohort(sources(2), 2**30), config(), range(2)))
+    assert min(priorities) > before
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_a_closed_iterator_draws_no_more_and_leaves_no_thread() -> None:
