@@ -3,10 +3,12 @@
 Both trainings have the same network, method, optimiser, batch and precision; rounds of both are interleaved, so that
 other load falls on both alike. A share of 1 means that training never waits, 0.85 is the aim.
 
-    python benchmarks/sampler.py [--presets tiny,default,paper] [--steps N] [--rounds N] [--out FILE.json]
+    GOMP_SPINCOUNT=1000 python benchmarks/sampler.py [--presets tiny,default,paper] [--steps N] [--rounds N]
+        [--out FILE.json]
 
 `memory`: every prepared scan is kept; `store`: none is, so that each step reads boxes of the store. `cpu_share` is the
 same ratio of processor seconds: what remains of the speed where training keeps every core busy, whatever else runs.
+The spin count is what `isimed pretrain` sets before PyTorch is loaded (`isimed_index.pretrain.threads`).
 `paper` is the paper's network and views of Barlow Twins, but 4 scans of 16 patches a step instead of 64 of 16. With
 `--images FOLDER` (NIfTI files) their voxels are used instead of ellipsoid heads of 1.5 mm.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -198,6 +201,7 @@ def main() -> int:
     found: dict[str, object] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "torch": torch.__version__,
         "steps": options.steps,
         "rounds": options.rounds,

@@ -287,6 +287,9 @@ class Store:
             tensorboard: folder that gets the curves as event files (extra `tensorboard`).
             wandb: project of Weights & Biases that gets the curves (extra `wandb`).
         """
+        from isimed_index.pretrain.threads import rest_soon
+
+        rest_soon()  # before what imports PyTorch
         from isimed_index.config import pretrain_config
         from isimed_index.pretrain.records import Watchers
         from isimed_index.training import Training, pretrain

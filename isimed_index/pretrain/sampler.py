@@ -7,11 +7,9 @@ its own, ahead of the training, in any order.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,7 @@ from isimed_index.config import PretrainConfig
 from isimed_index.errors import UsageError
 from isimed_index.pretrain.cohort import Cohort, Source, TrainingScan
 from isimed_index.pretrain.holes import disturbed
+from isimed_index.pretrain.threads import give_way
 from isimed_index.pretrain.views import cut, random_pose, reach, recolour, view_affine
 from isimed_index.space import Affine, apply_affine
 
@@ -30,7 +29,6 @@ __all__ = ["Batch", "Cohort", "Source", "batches", "draw", "scans_of"]
 NEAR_MM = 40.0  # how far a near crop is centred from another at most
 _HALF_PATCH_VOX = 16.0
 _MOST_THREADS = 8
-_NICE = 10  # of 19; a thread's own on Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ def batches(
     """
     threads = config.sampler_threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
     ahead = threads + 1  # one is ready while every thread is at work
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler", initializer=_give_way)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler", initializer=give_way)
     try:
         coming: deque[Future[Batch]] = deque()
         for begun, _ in enumerate(steps):
@@ -154,9 +152,3 @@ def batches(
             yield coming.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _give_way() -> None:
-    """Have this thread work where the training leaves a core idle: what waits for one of its threads waits for all."""
-    with suppress(OSError):  # some containers forbid it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

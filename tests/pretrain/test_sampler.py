@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from isimed_index.errors import ScanRefused, UsageError
 from isimed_index.grid import Box
 from isimed_index.pretrain import sampler
 from isimed_index.pretrain.sampler import Cohort, batches, draw, scans_of
+from isimed_index.pretrain.threads import rest_soon
 from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
 from isimed_index.testing.templates import ellipsoid_head
@@ -339,17 +344,45 @@ def test_threads_change_nothing_and_none_is_left(threads: int) -> None:
 
 
 def test_threads_give_way_to_the_training_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    priorities = []
+    torch.set_num_threads(2)
+    priorities, computing = [], []
 
     def noting(*arguments: Any) -> Any:
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        computing.append(torch.get_num_threads())
         return draw(*arguments)
 
     monkeypatch.setattr(sampler, "draw", noting)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     list(batches(Cohort(sources(2), 2**30), config(), range(2)))
     assert min(priorities) > before
+    assert set(computing) == {1}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+
+
+def test_threads_that_wait_rest_soon_in_a_new_process(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, isimed_index; from isimed_index.errors import UsageError\n"
+        "store = isimed_index.create(sys.argv[1])\n"
+        "try: store.pretrain(preset='tiny')\n"
+        "except UsageError: print(os.environ.get('GOMP_SPINCOUNT'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "s.isimed"], capture_output=True, text=True)
+    assert done.stdout.split() == ["1000"], done.stderr
+
+
+@pytest.mark.parametrize("chosen", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {}])
+def test_what_the_user_chose_or_a_loaded_torch_read_stays(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    if chosen:
+        monkeypatch.delitem(sys.modules, "torch")
+    rest_soon()
+    assert os.environ == chosen
 
 
 def test_a_closed_iterator_draws_no_more_and_leaves_no_thread() -> None:
