@@ -31,7 +31,7 @@ from isimed_index.store.snapshot import Snapshot
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from isimed_index.encode import IndexPlan
     from isimed_index.encoders.card import EncoderCard
@@ -468,6 +468,28 @@ class Store:
         question = Question(k, where, within_mm, same_subject)
         lookup = self._lookup(encoder)
         return lookup.nearest_patches(self._source(lookup, scan), _triple(point), space, question, exact=exact)
+
+    def search(
+        self,
+        vectors: ArrayLike,
+        k: int = 10,
+        where: str | None = None,
+        exact: bool = False,
+        encoder: str | None = None,
+    ) -> pa.Table:
+        """The stored patches whose vectors are nearest to given ones, each vector's nearest first.
+
+        Columns: `query` (which vector), `patch`, `scan`, `subject`, `x_mm`, `y_mm`, `z_mm` (patient RAS+), `distance`.
+        A vector gets fewer than k rows only where fewer are kept.
+
+        Args:
+            vectors: (m, d), or (d,) for one, of the encoder's matching output, as `embeddings` gives them.
+            k: how many answers for each.
+            where: SQL over `patches` that chooses which may answer.
+            exact: leave the approximate index out.
+            encoder: id, beginning of one, or name; by default the newest.
+        """
+        return self._lookup(encoder).neighbours.search(vectors, k, where, exact=exact)
 
     def similar(
         self,

@@ -30,6 +30,7 @@ from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from isimed_index.neighbours import Neighbours
     from isimed_index.scans.chunks import StoredScan
     from isimed_index.scans.scan import Scan
 
@@ -129,6 +130,13 @@ class Lookup:
         found = self.snapshot.segments_by_scan(self.card.id)
         return {scan: segment for scan, segment in found.items() if scan in self.frame.charts and segment.rows}
 
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The search among raw patches."""
+        from isimed_index.neighbours import Neighbours
+
+        return Neighbours(self.snapshot, self.card.id)
+
     def lattice(self, scan: str) -> Lattice:
         """A stored scan's vectors on their lattice."""
         if scan not in self._lattices:
@@ -210,15 +218,11 @@ class Lookup:
         self, source: Source, point: Sequence[float], space: Space, question: Question, *, exact: bool = False
     ) -> Matches:
         """The raw nearest stored patches, several of which may be in one scan."""
-        from isimed_index.index.search import LiveIndex
-
         at = source.point_mm(point, space)
         asked = self.frame.standard.raw(self._descriptor(source, at)[None])
         targets = dict(self._targets(source, question))
-        blocks = [(s.row_ids, s.vectors(self.card.match_output)) for s in self.segments.values()]
         among = self._rows_within(source, at, targets, question.within_mm)
-        index = LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
-        hits = index.search(asked, question.k, among, exact=exact)
+        hits = self.neighbours.index.search(asked, question.k, among, exact=exact)
         return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), self._asked(source, at))
 
     def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
