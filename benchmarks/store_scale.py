@@ -191,6 +191,7 @@ def of_scans(count: int) -> dict[str, float]:
         commits = [seconds(lambda n=n: add_one(repository, count + n), 1)[0] for n in range(ROUNDS)]  # type: ignore[misc]
         snapshot = repository.snapshot()
         query = "SELECT split, count(*) FROM scans GROUP BY split"
+        listed = seconds(lambda: snapshot.segments(CARD["id"]))
         first = seconds(lambda: repository.snapshot().sql(query))
         again = seconds(lambda: snapshot.sql(query))
         return {
@@ -198,6 +199,7 @@ def of_scans(count: int) -> dict[str, float]:
             "open_ms": 1e3 * statistics.median(opened),
             "open_p99_ms": 1e3 * opened[math.ceil(0.99 * len(opened)) - 1],
             "commit_ms": 1e3 * statistics.median(commits),
+            "segments_ms": 1e3 * statistics.median(listed),
             "sql_scans_ms": 1e3 * statistics.median(again),
             "sql_scans_new_snapshot_ms": 1e3 * statistics.median(first),
             "manifest_bytes": (repository.path / manifest_name(snapshot.generation)).stat().st_size,

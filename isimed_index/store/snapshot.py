@@ -205,19 +205,20 @@ class Snapshot:
         """Segments of one encoder (its full card id; None: of all), by rising row id; packed ones part by part."""
         from isimed_index.store.segment import parts_of
 
+        tombstones = self.artefacts("tombstone")
         found = [
-            self._segment(artefact, part)
+            self._segment(artefact, part, tombstones)
             for artefact in self.artefacts("segment")
             if encoder_id is None or artefact.fields["encoder"] == encoder_id
             for part in parts_of(artefact)
         ]
         return sorted(found, key=lambda segment: segment.first_row_id)
 
-    def _segment(self, artefact: Artefact, part: Mapping[str, Any]) -> Segment:
+    def _segment(self, artefact: Artefact, part: Mapping[str, Any], tombstones: Sequence[Artefact]) -> Segment:
         from isimed_index.store.segment import Segment
 
         whole = Segment(self.storage, artefact, part)
-        pieces = [piece for piece in self.artefacts("tombstone") if whole.key in piece.fields["dead"]]
+        pieces = [piece for piece in tombstones if whole.key in piece.fields["dead"]]
         if not pieces:
             return whole
         import numpy as np

@@ -8,6 +8,7 @@ import pytest
 from store_builders import ENCODER, OTHER_ENCODER, add_encoder, add_segment, whole_store
 
 from isimed_index.errors import NotFound, StoreDamaged, StoreWarning
+from isimed_index.store.manifest import Artefact, Manifest
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 
@@ -82,6 +83,25 @@ def test_segments_of_one_encoder_in_row_order(repository: Repository) -> None:
     assert len(snapshot.segments()) == 3
     assert snapshot.frame_path(OTHER_ENCODER) is None
     assert snapshot.index_path(OTHER_ENCODER) is None
+
+
+def test_more_segments_do_not_walk_the_manifest_oftener(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, walks = Manifest.find, []
+
+    def noting(self: Manifest, kind: str) -> list[Artefact]:
+        walks.append(kind)
+        return find(self, kind)
+
+    monkeypatch.setattr(Manifest, "find", noting)
+    counts = []
+    for _ in range(3):
+        snapshot = add_segment(repository, "sub-01_T1w", 2)
+        walks.clear()
+        snapshot.segments()
+        counts.append(len(walks))
+    assert len(set(counts)) == 1
 
 
 def test_a_damaged_index_is_left_aside_with_a_warning(snapshot: Snapshot) -> None:
