@@ -25,6 +25,11 @@ def wait_for(done: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def _end(network: str) -> str:
+    """The name of the cable's end in a network."""
+    return f"v{network}"[:15]
+
+
 @contextmanager
 def two_networks() -> Iterator[tuple[str, str]]:
     """The names of two network namespaces that are joined by one cable; `OSError` where that is not allowed."""
@@ -38,7 +43,7 @@ def two_networks() -> Iterator[tuple[str, str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ends = [f"v{name}"[:15] for name in names]
+        ends = [_end(name) for name in names]
         ip("-n", names[0], "link", "add", ends[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
         for name, end, address in zip(names, ends, (_NEAR, _FAR), strict=True):
             ip("-n", name, "address", "add", f"{address}/30", "dev", end)
@@ -94,6 +99,11 @@ class Processes:
         own = ("--nthreads", "2", "--no-dashboard", "--preload", str(script), "--local-directory", str(self.folder))
         network = self.far if far else self.near
         return self.run("distributed.cli.dask_worker", address, *own, *options, network=network, **variables)
+
+    def cut(self) -> None:
+        """Take the cable between the two networks away: no end hears of it."""
+        assert self.far is not None
+        subprocess.run(["ip", "-n", self.far, "link", "set", _end(self.far), "down"], check=True)
 
     def isimed(self, *arguments: str) -> subprocess.Popen[str]:
         """The command line."""

@@ -135,6 +135,24 @@ def test_a_worker_that_is_killed_costs_nothing(cluster: Processes, store: Path, 
     assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempt that was cut short
 
 
+def test_a_cable_that_is_cut_costs_nothing(
+    cluster: Processes, store: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cluster.far is None:
+        pytest.skip("no network namespaces on this machine")
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", "12s")  # sooner than at a user's; its probes take ten
+    _, address = cluster.scheduler()
+    cluster.worker(address, HANGS, "--no-nanny", far=True)
+    cluster.worker(address, SOUND, "--no-nanny")
+    run = index(cluster, store, address, "--where", FIRST)
+    wait_for((cluster.folder / "busy").exists)
+    cluster.cut()
+    output, errors = run.communicate(timeout=100)
+    assert run.returncode == 0, errors
+    assert sorted(json.loads(output)["encoded"]) == sorted(committed(store))
+    assert segment_vectors(store) == first_of(expected)
+
+
 def test_a_scan_that_kills_its_workers_is_refused_and_the_rest_is_encoded(
     tmp_path: Path, store: Path, expected: dict
 ) -> None:
