@@ -22,6 +22,7 @@ from isimed_index.errors import StoreDamaged
 from isimed_index.lattice import Lattice, Points, Standard
 from isimed_index.progress import Progress, Silent
 from isimed_index.space import Affine, apply_affine, inverse
+from isimed_index.store.place.faults import numbered
 
 FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
 SMALLEST, LARGEST = 0.25, 4.0  # volume of one body against another's: a chart outside of these fits nothing
@@ -163,8 +164,9 @@ def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None 
     rows["matches"] = [chart.matches for chart in frame.charts.values()]
     rows["agreement"] = [chart.agreement for chart in frame.charts.values()]
     pq.write_table(conform("charts", pa.table(rows)), directory / CHARTS)
-    np.save(directory / TEMPLATE, frame.template.vectors.astype(np.float16), allow_pickle=False)
-    np.save(directory / MASK, frame.template.mask, allow_pickle=False)
+    with numbered(directory):
+        np.save(directory / TEMPLATE, frame.template.vectors.astype(np.float16), allow_pickle=False)
+        np.save(directory / MASK, frame.template.mask, allow_pickle=False)
     content = {
         "encoder": frame.encoder,
         "metric": frame.standard.metric,

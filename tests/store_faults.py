@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cohorts import segment_vectors, shifted_heads
 from store_builders import add_scan, content, encode_again, orphans, whole_store
 
+import isimed_index as isi
 from isimed_index.errors import StoreFull, StoreReadOnly
 from isimed_index.store.integrity import check_hash, check_size
 from isimed_index.store.repository import Repository
@@ -115,6 +117,30 @@ def full(folder: Path) -> None:
     collect(repository, keep=1)
     assert orphans(repository) == set()
     print(f"refused {refused}, done {done}")
+
+
+def full_index(folder: Path) -> None:
+    """`index` at several degrees of no room: refused by name, what was committed stays, and it is gone on with."""
+    mount(folder, "size=64m")
+    path = shifted_heads(folder, 3)
+    refused = 0
+    for free in (0, 150_000, 300_000, 500_000, 700_000, 900_000):
+        before = segment_vectors(path)
+        with filled(folder, free):
+            try:
+                isi.open(path, mode="a").index(runtime="torch")
+            except StoreFull:
+                refused += 1
+        assert before.items() <= segment_vectors(path).items()
+        assert orphans(Repository.open(path)) == set()
+    isi.open(path, mode="a").index(runtime="torch")
+    undisturbed = shifted_heads(folder / "again", 3)
+    isi.open(undisturbed, mode="a").index(runtime="torch")
+    assert segment_vectors(path) == segment_vectors(undisturbed)
+    assert {finding.kind for finding in isi.check(path)} <= {"copy_missing"}  # a second copy, for which was no room
+    isi.repair(path)
+    assert not isi.check(path, read=1.0)
+    print(f"refused {refused}")
 
 
 def read_only(folder: Path) -> None:

@@ -6,7 +6,9 @@ vectors. `isimed_index.index.search` ranks them again with the stored vectors.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,9 +85,13 @@ class FaissIndex:
         return FaissIndex(self._native, self.metric, replace(self.recipe, probes=probes))
 
     def save(self, directory: Path) -> str:
-        """Write `index.faiss` into `directory`; returns its sha256."""
+        """Write `index.faiss` into `directory`; returns its sha256. Raises `OSError` where it cannot be written."""
         path = directory / FILE
-        _faiss().write_index(self._native, str(path))
+        try:
+            _faiss().write_index(self._native, str(path))
+        except RuntimeError as error:  # FAISS tells a full disk by its text alone
+            number = next((n for n in errno.errorcode if os.strerror(n) in str(error)), errno.EIO)
+            raise OSError(number, os.strerror(number), FILE) from error
         return _sha256(path)
 
     @classmethod

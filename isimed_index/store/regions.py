@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from isimed_index.contracts import conform, view_schema
 from isimed_index.errors import StoreDamaged
-from isimed_index.store.place.faults import spare
+from isimed_index.store.place.faults import numbered, spare
 from isimed_index.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def write_regions(directory: Path, regions: StoredRegions) -> None:
 
     pq.write_table(conform("regions", regions.rows), directory / ROWS, compression="zstd")
     for name, vectors in ((MEAN, regions.mean), (SD, regions.sd)):
-        np.save(directory / name, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
+        with numbered(directory):
+            np.save(directory / name, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
     (directory / MADE).write_text(json.dumps(regions.made), encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from isimed_index.errors import NotFound, StoreDamaged, StoreUnreadable, UsageEr
 from isimed_index.store.files import REPAIR
 from isimed_index.store.integrity import verify
 from isimed_index.store.manifest import Artefact
-from isimed_index.store.place.faults import spare
+from isimed_index.store.place.faults import numbered, spare
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.ranges import read_rows
 
@@ -269,7 +269,8 @@ def write_segment(directory: Path, patches: pa.Table, outputs: Mapping[str, NDAr
             )
         if not np.isfinite(vectors).all():
             raise UsageError(f"output {name} holds NaN or infinite values", next_step="train the encoder again")
-        np.save(directory / f"{name}.npy", np.ascontiguousarray(vectors), allow_pickle=False)
+        with numbered(directory):
+            np.save(directory / f"{name}.npy", np.ascontiguousarray(vectors), allow_pickle=False)
         described[name] = {"dim": vectors.shape[1], "dtype": vectors.dtype.name}
     pq.write_table(conform("patches", patches), directory / PATCHES, compression="zstd")
     return {"rows": patches.num_rows, "outputs": described}

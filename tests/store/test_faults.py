@@ -63,6 +63,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert done > 20
 
 
+def test_a_disk_that_fills_during_an_index(tmp_path: Path) -> None:
+    assert int(in_namespace("full_index", tmp_path).split()[-1]) >= 3
+
+
 def test_a_store_that_is_mounted_read_only(tmp_path: Path) -> None:
     in_namespace("read_only", tmp_path)
 

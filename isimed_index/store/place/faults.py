@@ -34,8 +34,7 @@ def fault_of(error: BaseException | None, root: Path) -> IsimedError | None:
     """The error that stands for what the operating system said about the store at `root`; None for any other error."""
     if not isinstance(error, OSError) or isinstance(error, IsimedError):
         return None
-    # numpy reports a write that was cut short without a number: then the file system is asked.
-    if error.errno in _FULL or (error.errno is None and _no_room(root)):
+    if error.errno in _FULL:
         return StoreFull(
             f"there is no room left to write to {root.name}; nothing was committed that had not been before",
             next_step="free space on its file system, or isimed gc, then run the command again",
@@ -46,6 +45,18 @@ def fault_of(error: BaseException | None, root: Path) -> IsimedError | None:
             next_step="make the folder writable for you, or copy the store to a place that is",
         )
     return None
+
+
+@contextmanager
+def numbered(folder: Path) -> Iterator[None]:
+    """Give numpy's `OSError` of a write into `folder` that was cut short a number, while its file fills the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        number = errno.ENOSPC if _no_room(folder) else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 def spare(error: BaseException, name: str) -> None:
