@@ -6,11 +6,12 @@ FOLDER holds real heads (docs/how-to/real-test-data.md: `ixi`). All methods trai
 width) on the training subjects, on one core, for as many steps as fit into the minutes, as two short trials of each
 method tell; two trainings run side by side. The paper's methods take 256 patches a step instead of 1024, for at the
 paper's own batch few steps fit. `dense` has the paper's objective alone, but the sampling of `default`: hundreds of
-overlapping patches of every crop. `random` is the untrained trunk, its features whitened on three heads. Everything
+overlapping patches of every crop; `isimed-scaled` the paper's objective in units of 100 mm, at which the trunk's heads
+begin. `random` is the untrained trunk, its features whitened on three heads. Everything
 that is trained is searched as its card says.
 
-Then test heads, which no method has seen, are matched in all ordered pairs, the target as it is and under each change
-of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
+Then test heads, which no method has seen and on which nothing was chosen, are matched in all ordered pairs, the target
+as it is and under each change of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
 
     within, across   |D_latent − D_physical| in mm, pairs of patches of one head and of two, by the embedding. Latent
                      distances are scaled by the one factor that fits best, for not every method has millimetres; places
@@ -47,6 +48,7 @@ from isimed_index.evaluate.plain import Described, plain_consensus
 from isimed_index.scans.chunks import open_chunks
 from isimed_index.scans.prepare import prepare
 from isimed_index.space import apply_affine
+from isimed_index.store.manifest import utc_now
 from isimed_index.testing.variants import VARIANTS, Head, vary
 
 WIDTH = 16
@@ -56,6 +58,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → preset, meth
     "default": ("default", "isimed", {"width": WIDTH}),
     "dense": ("default", "isimed", {"width": WIDTH, "coordinate_weight": 0.0, "descriptor_weight": 0.0}),
     "isimed": ("paper", "isimed", PAPER),
+    "isimed-scaled": ("paper", "isimed", {**PAPER, "unit_mm": 100.0}),
     "barlowtwins": ("paper", "barlowtwins", PAPER),
     "simclr": ("paper", "simclr", PAPER),
     "regisimed": ("paper", "regisimed", PAPER),
@@ -64,6 +67,7 @@ RANDOM = "random"
 EPOCHS = 20  # of as many steps as fit: what schedules and records go by
 _TRIAL, _TRIAL_SCANS = 14, 12  # steps of the shorter trial, which shows all of so many scans
 STRIDE_VOX = 4
+CHOSEN_ON = 4  # the first test heads were looked at when the default was chosen: they judge no more
 LEAST_VOXELS = 20  # of a landmark
 MARGIN_MM = 6.0  # of a landmark from the border of what is left of the field of view
 NEIGHBOURS = 5
@@ -84,13 +88,18 @@ def heads_of(data: Path, split: str) -> list[str]:
         return [row["participant_id"] for row in rows if row["split"] == split]
 
 
+def judged(data: Path, heads: int) -> list[str]:
+    """The test subjects that judge."""
+    return heads_of(data, "test")[CHOSEN_ON:][:heads]
+
+
 def build_store(data: Path, folder: Path, heads: int) -> Path:
     """A store of all training heads, and of the test heads that are matched, with their label maps."""
     images = data / "ixi" / "t1"
     store = isi.create(folder / "cohort.isimed")
     store.add([images / f"{subject}_T1.nii.gz" for subject in heads_of(data, "train")])
     labels = str(data / "ixi" / "seg" / "{stem}_DLMUSE.nii.gz")
-    store.add([images / f"{subject}_T1.nii.gz" for subject in heads_of(data, "test")[:heads]], labels=labels)
+    store.add([images / f"{subject}_T1.nii.gz" for subject in judged(data, heads)], labels=labels)
     return store.path
 
 
@@ -131,10 +140,10 @@ class Judge:
             if self.whiten
             else load_encoder(self.store.snapshot.encoder_path(encoder), "cpu")
         )
-        self.heads = [self._head(f"{subject}_T1") for subject in heads_of(data, "test")[:heads]]
+        self.heads = [self._head(f"{subject}_T1") for subject in judged(data, heads)]
         with (data / "ixi" / "labels.tsv").open(encoding="utf-8") as file:
             self.deep = {int(row["label"]) for row in csv.DictReader(file, delimiter="\t") if row["deep"] == "1"}
-        self.landmarks = [self._landmarks(f"{subject}_T1") for subject in heads_of(data, "test")[:heads]]
+        self.landmarks = [self._landmarks(f"{subject}_T1") for subject in judged(data, heads)]
         self.rows = [self.encoded(head) for head in self.heads]
         self.standard = self._standard([outputs[self.encoder.card.match_output] for _, outputs in self.rows[:3]])
 
@@ -379,7 +388,8 @@ def main() -> int:
     print(table(rows))
     if given.out:
         given.out.write_text(
-            json.dumps({"minutes": given.minutes, "heads": given.heads, "rows": rows}, indent=1) + "\n"
+            json.dumps({"date": utc_now()[:10], "minutes": given.minutes, "heads": given.heads, "rows": rows}, indent=1)
+            + "\n"
         )
     return 0
 
