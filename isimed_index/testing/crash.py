@@ -31,8 +31,8 @@ Names = Mapping[Entry, int]
 class Image:
     """A directory as a crash may leave it: content by relative path, None for folders."""
 
-    content: Mapping[str, bytes | None]
-    acknowledged: bool  # whether it may be found after the change was acknowledged
+    content: Mapping[str, bytes | None] = field(repr=False)
+    acknowledged: int  # how many changes had been acknowledged, at most, when it could be found
 
     def write(self, folder: Path) -> None:
         """Write it into an empty folder."""
@@ -61,7 +61,7 @@ class _State:
     flushed: Mapping[int, bytes]  # content by file as it was last flushed
     content: Mapping[int, bytes]
     folders: frozenset[int]
-    acknowledged: bool
+    acknowledged: int
 
     def images(self) -> Iterator[Mapping[str, bytes | None]]:
         """Everything lost, nothing lost, each change lost alone, each kept alone, content empty, cut short or zeros."""
@@ -132,7 +132,7 @@ class Recorder:
     _content: dict[int, bytes] = field(default_factory=dict)
     _flushed: dict[int, bytes] = field(default_factory=dict)
     _folders: set[int] = field(default_factory=set)
-    _acknowledged: bool = False
+    _acknowledged: int = 0
 
     def __enter__(self) -> Recorder:
         self._look()
@@ -152,9 +152,9 @@ class Recorder:
         self._catch_up()
 
     def acknowledge(self) -> None:
-        """From here on, what was changed was promised to last."""
+        """From here on, what was changed was promised to last; a program may promise several times."""
         self._catch_up()
-        self._acknowledged = True
+        self._acknowledged += 1
         self._keep()
 
     @property
@@ -163,12 +163,12 @@ class Recorder:
         return len(self._states)
 
     def images(self) -> list[Image]:
-        """All that a crash at any moment may leave, each once; acknowledged if it can be found after that."""
-        found: dict[frozenset[tuple[str, bytes | None]], bool] = {}
+        """All that a crash at any moment may leave, each once, with the most that had been acknowledged by then."""
+        found: dict[frozenset[tuple[str, bytes | None]], int] = {}
         for state in self._states:
             for image in state.images():
                 key = frozenset(image.items())
-                found[key] = found.get(key, False) or state.acknowledged
+                found[key] = max(found.get(key, 0), state.acknowledged)
         return [Image(dict(image), acknowledged) for image, acknowledged in found.items()]
 
     def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,7 +230,9 @@ class Recorder:
                     self._folders.add(number)
                     places.append((Path(entry.path), number))
                 else:
-                    self._content[number] = Path(entry.path).read_bytes()
+                    content = Path(entry.path).read_bytes()
+                    if self._content.get(number) != content:  # what stays is kept once, not for every event
+                        self._content[number] = content
         self._numbers = seen
 
     def _number(self, inode: int, seen: dict[int, int]) -> int:
