@@ -20,6 +20,7 @@ import numpy as np
 from isimed_index.encode import (
     Encoded,
     EncodeTask,
+    Losses,
     Pace,
     encode_batches,
     workers,
@@ -64,7 +65,8 @@ class IndexReport:
     `runtime` and `precision` are empty when nothing had to be encoded, `trial_patches_per_s` when there was no trial.
     `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None when nothing
     was encoded. `bare_patches_per_s` is what the workers would do together if they did nothing but passes of the
-    network over noise in memory; None where that was not measured.
+    network over noise in memory; None where that was not measured. `workers_lost` counts workers of Dask that were lost
+    while they were wanted: what they had been given was encoded by others.
     """
 
     encoder: str
@@ -79,6 +81,7 @@ class IndexReport:
     trial_patches_per_s: dict[str, float] = field(default_factory=dict)
     patches_per_s: float | None = None
     bare_patches_per_s: float | None = None
+    workers_lost: int = 0
 
     @property
     def share_of_bare(self) -> float | None:
@@ -127,7 +130,8 @@ def _encode(
         progress.start("encode", len(points), "scans")
         pace = Pace(points, bare * processes if bare and processes else None)
         tasks = _tasks(_whole(head, wanted.todo, report), wanted, transaction.stage("segment"), options)
-        for results in encode_batches(tasks, where):
+        losses = Losses()
+        for results in encode_batches(tasks, where, losses):
             pace.add([result.task.scan for result in results], _commit_segments(transaction, head, results, report))
             if processes_now(where) != processes:
                 pace.bare_per_s = None  # of workers that come and go nobody can say what they could have done
@@ -140,6 +144,7 @@ def _encode(
         trial_patches_per_s=dict(choice.patches_per_s),
         patches_per_s=pace.per_s,
         bare_patches_per_s=pace.bare_per_s,
+        workers_lost=losses.workers,
     )
 
 

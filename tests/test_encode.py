@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import platform
 import sys
@@ -331,12 +332,27 @@ def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyP
             pass
 
 
+class Errors(logging.Handler):
+    """Keeps the errors that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 def test_processes_give_what_threads_give(tmp_path: Path) -> None:
+    logged = Errors()
+    logging.getLogger("distributed.scheduler").addHandler(logged)
     made = tasks(tmp_path, 2)
     torch.set_num_threads(cluster._cores())  # bits depend on the number of threads of a pass
     here = encoded(made)
     broken = replace(made[0], number=2, chunks=str(tmp_path / "gone.zarr"))
     there = encoded([*made, broken], "processes:1")
+    logging.getLogger("distributed.scheduler").removeHandler(logged)
+    assert logged.said == []  # such as a traceback for a client that is not told of its own end
     assert [type(done.error) for done in there] == [type(None), type(None), StoreDamaged]
     assert there[2].error is not None
     assert there[2].error.next_step == "restore the store from a backup, or add the file to a new one"

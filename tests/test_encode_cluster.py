@@ -130,6 +130,10 @@ def test_a_worker_that_is_killed_costs_nothing(cluster: Processes, store: Path, 
     output, errors = run.communicate(timeout=100)
     assert run.returncode == 0, errors
     report = json.loads(output)
+    assert report["workers_lost"] == 1
+    (told,) = [line for line in errors.splitlines() if "worker was lost" in line]
+    assert told.startswith("warning: a worker was lost (1 so far); what it had been given is encoded again: sub-0")
+    assert "tcp" not in told
     assert sorted(report["encoded"]) == sorted(committed(store)) == ["sub-00", "sub-01", "sub-02", "sub-03", "sub-04"]
     assert segment_vectors(store) == first_of(expected)
     assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempt that was cut short
@@ -149,6 +153,7 @@ def test_a_cable_that_is_cut_costs_nothing(
     cluster.cut()
     output, errors = run.communicate(timeout=100)
     assert run.returncode == 0, errors
+    assert json.loads(output)["workers_lost"] == 1
     assert sorted(json.loads(output)["encoded"]) == sorted(committed(store))
     assert segment_vectors(store) == first_of(expected)
 
@@ -163,6 +168,7 @@ def test_a_scan_that_kills_its_workers_is_refused_and_the_rest_is_encoded(
         output, errors = run.communicate(timeout=200)
         assert run.returncode == 3, errors
         assert json.loads(output)["refused"] == ["sub-03"]
+        assert json.loads(output)["workers_lost"] == errors.count("warning: a worker was lost") == 3
         assert "its worker was ended each time" in errors
         assert "give each worker more memory" in errors
         assert (ours.folder / "deaths").read_text() == "xxx"  # and no more

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from isimed_index.encode import stream
-from isimed_index.encode.stream import COMMIT_SCANS, encode_batches
+from isimed_index.encode.stream import COMMIT_SCANS, Losses, encode_batches
 from isimed_index.encode.task import STARTS, Encoded, EncodeTask
 from isimed_index.errors import IsimedWarning, ScanRefused, StoreDamaged, StoreFull, WorkerFailed
 
@@ -27,6 +27,7 @@ class ByHand:
         self.free = places
         self.given: list[tuple[EncodeTask, str]] = []
         self.open: list[Future[Encoded]] = []
+        self.gone: list[frozenset[str]] = []
 
     def submit(self, function: Callable, argument: EncodeTask, name: str) -> Future[Encoded]:
         future: Future[Encoded] = Future()
@@ -45,6 +46,10 @@ class ByHand:
 
     def places(self) -> int:
         return self.free
+
+    def losses(self) -> list[frozenset[str]]:
+        gone, self.gone = self.gone, []
+        return gone
 
     def died(self, error: BaseException) -> bool:
         return isinstance(error, WorkersDied)
@@ -134,6 +139,26 @@ def test_a_task_is_given_out_again_under_a_new_name_when_workers_died() -> None:
     assert tries.count(2) == 3
     names = [name for _, name in where.given]
     assert len(set(names)) == len(names) == 7
+
+
+def test_workers_that_are_lost_are_counted_and_told_with_their_scans() -> None:
+    """Of a scheduler that others use, too: what it says of their tasks is not ours."""
+    where = ByHand(lambda task: None if task.number < 3 else fine(task))
+    losses = Losses()
+    batches = encode_batches(tasks(9), where, losses)
+    assert len(next(batches)) >= COMMIT_SCANS
+    where.gone = [frozenset({where.given[2][1], where.given[0][1], "theirs"}), frozenset({"theirs"}), frozenset()]
+    for future, (task, _) in zip(where.open, where.given, strict=False):
+        future.set_result(fine(task))
+    with pytest.warns(IsimedWarning) as told:
+        rest = numbers(batches)
+    assert {0, 1, 2} < set(rest)
+    assert [str(warning.message).partition(". ")[0] for warning in told] == [
+        "a worker was lost (1 so far); what it had been given is encoded again: s0, s2",
+        "a worker was lost (2 so far); it had been given nothing of this run",
+        "a worker was lost (3 so far); it had been given nothing of this run",
+    ]
+    assert losses.workers == 3
 
 
 def test_workers_that_die_for_ever_cost_the_scan_alone() -> None:

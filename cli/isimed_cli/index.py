@@ -107,10 +107,12 @@ def index(
             "patches_per_s": done.patches_per_s,
             "bare_patches_per_s": done.bare_patches_per_s,
             "share_of_bare": done.share_of_bare,
+            "workers_lost": done.workers_lost,
         }
         write_report(report, fields, refused)
         if session.format is Format.TABLE:
             fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
+            fields["workers_lost"] = done.workers_lost or None
             fields = {name: value for name, value in fields.items() if value not in ("", {}, None)}
         show_fields(fields, session.format)
     finally:

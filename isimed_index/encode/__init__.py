@@ -14,13 +14,14 @@ from isimed_index.encode.cluster import Workers, ask, check_scheduler, choose_on
 from isimed_index.encode.forecast import IndexPlan, Probe, Size, foresee, lattice_points, measure, most_telling
 from isimed_index.encode.pace import Pace
 from isimed_index.encode.scan import encode_volume, prepared, volume_lattice
-from isimed_index.encode.stream import encode_batches
+from isimed_index.encode.stream import Losses, encode_batches
 from isimed_index.encode.task import Encoded, EncodeTask, grid_key, stride_in_voxels, task_key
 
 __all__ = [
     "EncodeTask",
     "Encoded",
     "IndexPlan",
+    "Losses",
     "Pace",
     "Probe",
     "Size",

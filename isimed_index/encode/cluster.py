@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import queue
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from isimed_index.encode.scan import AT_ONCE
@@ -64,6 +65,10 @@ class Workers(Protocol):
         """How many processes encode, each one pass of the network at a time; raises as `places` does."""
         ...
 
+    def losses(self) -> Sequence[frozenset[str]]:
+        """The names of what each worker had been given that was lost since this was asked for the last time."""
+        ...
+
     def died(self, error: BaseException) -> bool:
         """Whether a task ended with this error because workers died, and not by itself."""
         ...
@@ -95,6 +100,10 @@ class Threads:
         """This one."""
         return 1
 
+    def losses(self) -> Sequence[frozenset[str]]:
+        """None: a thread is lost with its process."""
+        return ()
+
     def died(self, error: BaseException) -> bool:
         """Never: a thread dies with its process."""
         return False
@@ -110,6 +119,7 @@ class Cluster:
 
     client: Any
     threads: int = 0
+    gone: queue.SimpleQueue[frozenset[str]] = field(default_factory=queue.SimpleQueue)  # see `losses`
 
     def submit(self, function: Callable[[_A], _R], argument: _A, name: str) -> Future:
         """Run it on the worker that the scheduler chooses, and on another one when that one dies."""
@@ -139,6 +149,18 @@ class Cluster:
         except OSError as error:
             raise self.lost() from error
 
+    def losses(self) -> Sequence[frozenset[str]]:
+        """By name, what each lost worker was at, was to begin, or had ended and not handed over."""
+        return [self.gone.get() for _ in range(self.gone.qsize())]
+
+    def hear(self, event: tuple[float, Any]) -> None:
+        """Note what the scheduler says of a worker that is lost; one that was sent away with nothing to do is not."""
+        said = event[1]
+        if isinstance(said, Mapping) and said.get("action") == "remove-worker":
+            given = frozenset({*said.get("processing-tasks", ()), *said.get("lost-computed-tasks", ())})
+            if given or not said.get("expected"):
+                self.gone.put(given)
+
     def died(self, error: BaseException) -> bool:
         """Whether the scheduler gave the task up after several workers died that had been given it."""
         from distributed.scheduler import KilledWorker
@@ -165,19 +187,33 @@ def workers(scheduler: str = "threads") -> Iterator[Workers]:
         with _threads() as threads:
             yield threads
     elif scheduler == "cuda":
-        with _gpu_processes() as cluster, _connected(cluster) as client:
-            yield Cluster(client)
+        with _gpu_processes() as cluster, _connected(cluster) as client, _listening(Cluster(client)) as listening:
+            yield listening
     elif kind == "processes":
         processes = _how_many(count) if ":" in scheduler else _by_cores()
         share = max(1, _cores() // processes)
-        with _processes(processes, share) as cluster, _connected(cluster) as client:
-            yield Cluster(client, share)
+        with _processes(processes, share) as cluster, _connected(cluster) as client:  # noqa: SIM117 — a line too long
+            with _listening(Cluster(client, share)) as listening:
+                yield listening
     else:
-        with _connected(scheduler) as client:
-            cluster = Cluster(client)
-            if not cluster.places():
+        with _connected(scheduler) as client, _listening(Cluster(client)) as listening:
+            if not listening.places():
                 warnings.warn("the Dask scheduler has no workers yet; waiting for some", IsimedWarning, stacklevel=3)
-            yield cluster
+            yield listening
+
+
+@contextmanager
+def _listening(cluster: Cluster) -> Iterator[Cluster]:
+    """The same cluster, which hears meanwhile of workers that come and go.
+
+    A scheduler logs a traceback when a client leaves that still wants to hear of it.
+    """
+    cluster.client.subscribe_topic("all", cluster.hear)
+    try:
+        yield cluster
+    finally:
+        if cluster.client.status == "running":
+            cluster.client.unsubscribe_topic("all")
 
 
 def check_scheduler(scheduler: str) -> None:

@@ -25,7 +25,15 @@ _LEAST = 4  # tasks with a scheduler that has no workers yet: one that starts wo
 _ROUNDS = 3  # times that a task is given to a scheduler which gives up, because workers die
 _FAILURES = 8  # of machines, one after another: these are no longer single scans
 _LOOK_S = 5.0  # how often to see whether the scheduler is there, while nothing ends
+_NAMED = 5  # scans in a message
 _PATIENCE_S = 60.0  # without any worker before that is told
+
+
+@dataclass(slots=True)
+class Losses:
+    """How many workers were lost during a run."""
+
+    workers: int = 0
 
 
 @dataclass(slots=True)
@@ -33,6 +41,7 @@ class _Flow:
     """The tasks that are with the workers, and what came of others."""
 
     where: Workers
+    losses: Losses
     ended: queue.SimpleQueue[Future] = field(default_factory=queue.SimpleQueue)
     running: dict[Future, tuple[EncodeTask, int]] = field(default_factory=dict)  # and its round
     suspects: list[EncodeTask] = field(default_factory=list)  # each to be tried once more, when nothing else runs
@@ -40,7 +49,7 @@ class _Flow:
 
     def submit(self, task: EncodeTask, rounds: int = 1) -> None:
         """Hand a task out."""
-        future = self.where.submit(encode_scan, task, f"{task.name}-{task.starts}-{rounds}")
+        future = self.where.submit(encode_scan, task, _name(task, rounds))
         self.running[future] = (task, rounds)
         future.add_done_callback(self.ended.put)
 
@@ -64,6 +73,19 @@ class _Flow:
         self._count(done)
         return done
 
+    def tell_losses(self) -> None:
+        """Say which workers were lost, and of which scans the encoding begins again by that."""
+        for given in self.where.losses():
+            self.losses.workers += 1
+            scans = sorted(task.scan for task, rounds in self.running.values() if _name(task, rounds) in given)
+            named = ", ".join(scans[:_NAMED]) + (f" and {len(scans) - _NAMED} more" if len(scans) > _NAMED else "")
+            what = (
+                f"what it had been given is encoded again: {named}"
+                if scans
+                else "it had been given nothing of this run"
+            )
+            warnings.warn(f"a worker was lost ({self.losses.workers} so far); {what}", IsimedWarning, stacklevel=2)
+
     def _count(self, done: Encoded) -> None:
         """Raise the error of a machine that has befallen one scan after another: the next ones will have it too."""
         broken = isinstance(done.error, WorkerFailed | StoreFull | StoreReadOnly) and not done.suspect
@@ -72,15 +94,23 @@ class _Flow:
             raise done.error
 
 
-def encode_batches(tasks: Iterator[EncodeTask], where: Workers) -> Iterator[list[Encoded]]:
+def _name(task: EncodeTask, rounds: int) -> str:
+    """What the workers know a task by, each time that it is handed out."""
+    return f"{task.name}-{task.starts}-{rounds}"
+
+
+def encode_batches(
+    tasks: Iterator[EncodeTask], where: Workers, losses: Losses | None = None
+) -> Iterator[list[Encoded]]:
     """Encode all tasks; results come in batches to be committed, while the workers go on.
 
     A batch is what has ended since the last one: `COMMIT_SCANS` results or more, or fewer after `COMMIT_S`, in the
     order of the tasks. `tasks` is asked for the next one when a worker will want it. An error that concerns every scan
     is raised, `WorkerFailed` when the scheduler is lost or one machine after another fails; tasks that are with the
-    workers are given up then, and when the iterator is closed.
+    workers are given up then, and when the iterator is closed. Workers that are lost are told of, and counted
+    in `losses`.
     """
-    flow = _Flow(where)
+    flow = _Flow(where, losses or Losses())
     try:
         yield from _batches(_results(flow, tasks))
     finally:
@@ -116,6 +146,7 @@ def _results(flow: _Flow, tasks: Iterator[EncodeTask]) -> Iterator[Encoded | Non
     """Each result when it has ended, and None when there is none at the moment and the workers have their tasks."""
     manned = time.monotonic()
     while True:
+        flow.tell_losses()
         if flow.ended.empty():
             places = flow.where.places()
             while len(flow.running) < max(_LEAST, _AHEAD * places) and flow.ended.empty():
