@@ -45,6 +45,7 @@ from isimed_index.planning import (
 )
 from isimed_index.progress import Progress
 from isimed_index.regions import commit_regions
+from isimed_index.store.derived import commit_derived
 from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
 from isimed_index.store.segment import Segment
@@ -332,19 +333,8 @@ def _commit_one(
     instead_of: Artefact | None,
     **fields: Any,
 ) -> bool:
-    """Stage, write and commit one derived artefact `instead_of` the newest one, which is no longer named then.
-
-    False, and nothing is committed, when another process has committed one since.
-    """
+    """Stage, write and commit one derived artefact `instead_of` the newest one; see `commit_derived`."""
     directory = transaction.stage(kind)
     write(directory)
     artefact = transaction.add(kind, directory, encoder=card.id, **fields)
-    before = None if instead_of is None else instead_of.path
-
-    def propose(now: Snapshot) -> Proposal:
-        newest = now.newest(kind, card.id)
-        if (None if newest is None else newest.path) != before:
-            return Proposal()
-        return Proposal(add=[artefact], drop=[before] if before else [])
-
-    return artefact.path in {found.path for found in transaction.commit(propose).artefacts(kind)}
+    return commit_derived(transaction, artefact, {kind: instead_of})

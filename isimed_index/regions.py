@@ -24,12 +24,12 @@ from isimed_index.index.card import row_ranges
 from isimed_index.lattice import Standard
 from isimed_index.pooling import Pooled, pool
 from isimed_index.progress import Progress
-from isimed_index.store.manifest import Artefact
+from isimed_index.store.derived import commit_derived
 from isimed_index.store.regions import StoredRegions, living_regions, write_regions
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.sql.patches import label_rows, tells_labels
-from isimed_index.store.transaction import Proposal, Transaction
+from isimed_index.store.transaction import Transaction
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +65,7 @@ def commit_regions(transaction: Transaction, card: EncoderCard, progress: Progre
         directory = transaction.stage("region")
         write_regions(directory, _joined(pieces))
         artefact = transaction.add("region", directory, encoder=card.id, covers=covers)
-    return _published(transaction, artefact, before, frame)
+    return commit_derived(transaction, artefact, {"region": before, "frame": frame})
 
 
 def _kept(snapshot: Snapshot, card: EncoderCard, standard: Standard) -> StoredRegions | None:
@@ -76,22 +76,6 @@ def _kept(snapshot: Snapshot, card: EncoderCard, standard: Standard) -> StoredRe
         warnings.warn(f"{error}; they are pooled again", StoreWarning, stacklevel=4)
         return None
     return stored if stored is not None and stored.made == made_by(card, standard) else None
-
-
-def _published(transaction: Transaction, artefact: Artefact, before: Artefact | None, frame: Artefact) -> bool:
-    """Whether the head took the regions: it does while it has the frame and the regions that they were made from."""
-    encoder = artefact.fields["encoder"]
-
-    def propose(now: Snapshot) -> Proposal:
-        if _path(now.newest("region", encoder)) != _path(before) or _path(now.newest("frame", encoder)) != frame.path:
-            return Proposal()
-        return Proposal(add=[artefact], drop=[before.path] if before else [])
-
-    return artefact.path in {found.path for found in transaction.commit(propose).artefacts("region")}
-
-
-def _path(artefact: Artefact | None) -> str | None:
-    return None if artefact is None else artefact.path
 
 
 def made_by(card: EncoderCard, standard: Standard) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isimed_cli.app import Format, Session, command
 from isimed_cli.options import DeviceOption, PathsOption, ReportOption, WhereOption, parse_bytes
+
+if TYPE_CHECKING:
+    from isimed_index.api import Refusal
+    from isimed_index.indexing import IndexReport
 
 
 @command("index", example="isimed index --stride 8 --min-recall 0.98", rows=True, encodes=True)
@@ -63,64 +68,49 @@ def index(
     from isimed_cli.batch import add_first, end_batch, list_refusals, write_report
     from isimed_cli.render import show_fields
 
+    asked: dict[str, Any] = {
+        "encoder": encoder,
+        "stride_mm": stride,
+        "where": where,
+        "scheduler": scheduler,
+        "device": device,
+        "runtime": runtime,
+        "precision": precision,
+    }
     if dry_run:
-        _plan(
-            session,
-            paths,
-            report,
-            encoder=encoder,
-            stride_mm=stride,
-            where=where,
-            scheduler=scheduler,
-            device=device,
-            runtime=runtime,
-            precision=precision,
-        )
+        _plan(session, paths, report, asked)
         return
     store, refused = add_first(session, paths)
     try:
         with session.progress() as progress:
-            done = store.index(
-                encoder=encoder,
-                stride_mm=stride,
-                where=where,
-                scheduler=scheduler,
-                device=device,
-                runtime=runtime,
-                precision=precision,
-                min_recall=min_recall,
-                max_ram=max_ram,
-                progress=progress,
-            )
+            done = store.index(**asked, min_recall=min_recall, max_ram=max_ram, progress=progress)
         refused += done.refused
-        fields: dict[str, Any] = {
-            "encoder": done.encoder,
-            "encoded": list(done.encoded),
-            "skipped": list(done.skipped),
-            "refused": [item.name for item in refused],
-            "patches": done.patches,
-            "recall_at_10": done.recall_at_10,
-            "index_kind": done.index_kind,
-            "runtime": done.runtime,
-            "precision": done.precision,
-            "trial_patches_per_s": done.trial_patches_per_s,
-            "patches_per_s": done.patches_per_s,
-            "bare_patches_per_s": done.bare_patches_per_s,
-            "share_of_bare": done.share_of_bare,
-            "workers_lost": done.workers_lost,
-        }
+        fields = _fields(done, refused)
         write_report(report, fields, refused)
         if session.format is Format.TABLE:
-            fields |= {name: len(fields[name]) for name in ("encoded", "skipped", "refused")}
-            fields["workers_lost"] = done.workers_lost or None
-            fields = {name: value for name, value in fields.items() if value not in ("", {}, None)}
+            fields = _counted(fields)
         show_fields(fields, session.format)
     finally:
         list_refusals(refused)
     end_batch(len(done.encoded) + len(done.skipped), refused)
 
 
-def _plan(session: Session, paths: list[Path] | None, report: Path | None, **asked: Any) -> None:
+def _fields(done: IndexReport, refused: Sequence[Refusal]) -> dict[str, Any]:
+    """What was done, as it is written; of refused scans, also those of an `add` before, the names."""
+    from dataclasses import asdict
+
+    return asdict(done) | {"refused": [item.name for item in refused], "share_of_bare": done.share_of_bare}
+
+
+def _counted(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same as a person reads it: numbers of scans for their names, and nothing that there is nothing to say of."""
+    shown = {name: len(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if not shown["workers_lost"]:
+        del shown["workers_lost"]
+    return {name: value for name, value in shown.items() if value not in ("", {}, None)}
+
+
+def _plan(session: Session, paths: list[Path] | None, report: Path | None, asked: dict[str, Any]) -> None:
     """Show what the same command without --dry-run would do; damaged scans are told of on stderr."""
     from dataclasses import asdict
 

@@ -34,6 +34,7 @@ from isimed_index.errors import (
     TrainingWarning,
     UsageError,
 )
+from isimed_index.indexing import IndexReport
 from isimed_index.ingest.report import AddReport
 from isimed_index.report import added
 
@@ -51,11 +52,10 @@ class FakeStore:
         self.answers: dict[str, Any] = {
             "add": SimpleNamespace(**asdict(AddReport(added=["a"], unchanged=["b"]))),
             "pretrain": SimpleNamespace(id="c0ffee", name="first"),
-            "index": SimpleNamespace(
+            "index": IndexReport(
                 encoder="c0ffee",
                 encoded=["a"],
                 skipped=["b"],
-                refused=[],
                 patches=12,
                 recall_at_10=0.99,
                 index_kind="flat",
@@ -64,7 +64,6 @@ class FakeStore:
                 trial_patches_per_s={"torch": 125.0, "openvino": 230.0},
                 patches_per_s=207.0,
                 bare_patches_per_s=230.0,
-                share_of_bare=0.9,
             ),
             "plan_index": IndexPlan(
                 encoder="c0ffee",
@@ -461,7 +460,7 @@ class TestBatches:
         ]
 
     def test_index_tells_counts_and_refusals(self, store: FakeStore, capsys: Any, tmp_path: Path):
-        store.answers["index"].refused = [REFUSAL]
+        store.answers["index"].refused.append(REFUSAL)
         assert main(["index", "--report", "r.json"]) == 3
         told = capsys.readouterr().out
         lines = dict(line.split(maxsplit=1) for line in told.splitlines())
@@ -522,7 +521,7 @@ class TestBatches:
     def test_refusals_are_listed_when_the_report_cannot_be_written(
         self, store: FakeStore, capsys: Any, monkeypatch: pytest.MonkeyPatch, verb: str
     ):
-        store.answers[verb.split()[0]].refused = [REFUSAL]
+        store.answers[verb.split()[0]].refused.append(REFUSAL)
 
         def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
