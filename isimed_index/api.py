@@ -329,7 +329,8 @@ class Store:
         `scheduler` is threads, processes, processes:N, cuda (a process for each GPU) or a Dask scheduler's address.
         `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first. `runtime` is
         torch, openvino or onnx, or `auto`: on a CPU the fastest that a short trial finds. `precision` is fp32 or bf16;
-        scans that are encoded in the other one are encoded again.
+        scans that are encoded in the other one are encoded again. Ctrl-C, once it is known what is to be done, is
+        raised as a `KeyboardInterrupt` that has the `report` of what is committed.
         """
         from isimed_index.encoders.runtimes.kind import Runtime
         from isimed_index.indexing import index_scans

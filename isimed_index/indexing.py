@@ -43,6 +43,7 @@ from isimed_index.planning import (
     sizes_of,
     what_is_wanted,
 )
+from isimed_index.pretrain.stopping import Stopped
 from isimed_index.progress import Progress
 from isimed_index.regions import commit_regions
 from isimed_index.store.derived import commit_derived
@@ -67,7 +68,8 @@ class IndexReport:
     `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None when nothing
     was encoded. `bare_patches_per_s` is what the workers would do together if they did nothing but passes of the
     network over noise in memory; None where that was not measured. `workers_lost` counts workers of Dask that were lost
-    while they were wanted: what they had been given was encoded by others.
+    while they were wanted: what they had been given was encoded by others. Of a run that was `interrupted`, `encoded`
+    are the scans that are committed; `recall_at_10` is None when no index was built.
     """
 
     encoder: str
@@ -75,7 +77,7 @@ class IndexReport:
     skipped: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     patches: int = 0
-    recall_at_10: float = 1.0
+    recall_at_10: float | None = None
     index_kind: str = ""
     runtime: str = ""
     precision: str = ""
@@ -83,6 +85,7 @@ class IndexReport:
     patches_per_s: float | None = None
     bare_patches_per_s: float | None = None
     workers_lost: int = 0
+    interrupted: bool = False
 
     @property
     def share_of_bare(self) -> float | None:
@@ -91,26 +94,61 @@ class IndexReport:
         return self.patches_per_s / self.bare_patches_per_s if known else None  # type: ignore[operator]
 
 
+class IndexStopped(Stopped):
+    """Ctrl-C or SIGTERM, with a `report` of what is committed."""
+
+    def __init__(self, report: IndexReport, todo: int) -> None:
+        done = f"of {todo} scans {len(report.encoded)} are encoded and stay"
+        super().__init__(f"index was stopped; {done}", "run the same command again: it goes on from there")
+        self.report = report
+
+
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
-    """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again."""
+    """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again.
+
+    Ctrl-C, once it is known what is to be done, is raised as `IndexStopped`.
+    """
     with repository.transaction("index") as transaction, repository.pin() as head:
         wanted = what_is_wanted(head, scans, options)
-        card, report = wanted.card, IndexReport(wanted.card.id, skipped=wanted.skipped)
-        if wanted.todo:
-            report = _encode(transaction, head, wanted, report, options, progress)
-        if not report.encoded and not report.skipped:
-            if report.refused:
-                return report
-            raise no_scan()
-        rows = sum(segment.rows for segment in repository.snapshot().segments(card.id))
-        if not rows:
-            raise NotFound(
-                "every patch of the encoded scans was deleted, so there is nothing to index",
-                next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
-            )
-        _commit_frame_and_regions(transaction, card, progress)
-        built = _commit_index(transaction, card, options)
+        report = IndexReport(wanted.card.id, skipped=wanted.skipped)
+        try:
+            return _index(transaction, head, wanted, report, options, progress)
+        except KeyboardInterrupt:
+            raise IndexStopped(_so_far(repository.snapshot(), wanted, report), len(wanted.todo)) from None
+
+
+def _index(
+    transaction: Transaction,
+    head: Snapshot,
+    wanted: Wanted,
+    report: IndexReport,
+    options: IndexOptions,
+    progress: Progress,
+) -> IndexReport:
+    card = wanted.card
+    if wanted.todo:
+        report = _encode(transaction, head, wanted, report, options, progress)
+    if not report.encoded and not report.skipped:
+        if report.refused:
+            return report
+        raise no_scan()
+    rows = sum(segment.rows for segment in transaction.repository.snapshot().segments(card.id))
+    if not rows:
+        raise NotFound(
+            "every patch of the encoded scans was deleted, so there is nothing to index",
+            next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
+        )
+    _commit_frame_and_regions(transaction, card, progress)
+    built = _commit_index(transaction, card, options)
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
+
+
+def _so_far(now: Snapshot, wanted: Wanted, report: IndexReport) -> IndexReport:
+    """The report of a run that was stopped: the store says what is committed, whatever had been encoded by then."""
+    segments = now.segments(wanted.card.id)
+    done = {segment.task for segment in segments}
+    encoded = [scan for scan in wanted.todo if wanted.keys[scan] in done]
+    return replace(report, encoded=encoded, patches=sum(segment.rows for segment in segments), interrupted=True)
 
 
 def _encode(

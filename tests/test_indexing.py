@@ -20,7 +20,9 @@ from isimed_index.encoders.runtimes.trial import Choice, Job
 from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
 from isimed_index.index.card import IndexCard
+from isimed_index.indexing import IndexStopped
 from isimed_index.progress import Silent
+from isimed_index.store.transaction import Transaction
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_when_nothing_can_be_indexed(tmp_path: Path):
         store.index()
     store.add([small(tmp_path)])
     report = store.index()
-    assert (report.patches, len(report.refused)) == (0, 1)
+    assert (report.patches, len(report.refused), report.recall_at_10) == (0, 1, None)
     with pytest.raises(NotFound):
         store.index(where="false")
 
@@ -185,6 +187,33 @@ def test_charts_that_another_process_commits_meanwhile_are_kept(
     assert len(charts(store)) == 4
     assert len(store.snapshot.artefacts("frame")) == 1
     assert len(store.lookup([10, 20, 30], COPIES[0].stem)) == 2
+
+
+def test_an_interrupted_index_says_what_is_committed_and_nothing_else(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(copy) for copy in COPIES[:3]] + [small(tmp_path)])
+    add_random_encoder(store.path)
+    store.index(where="scan = 'sub-02_T1w'")
+    with monkeypatch.context() as patch:
+        patch.setattr(Transaction, "commit", stop)  # encoded and staged, and not in the store
+        with pytest.raises(IndexStopped) as caught:
+            store.index()
+    assert (caught.value.report.encoded, caught.value.report.skipped) == ([], ["sub-02_T1w"])
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "fit_frame", stop)
+        with pytest.raises(IndexStopped, match="of 3 scans 2 are encoded and stay") as caught:
+            store.index()
+    report = caught.value.report
+    assert report.interrupted
+    assert sorted(report.encoded) == [COPIES[0].stem, COPIES[1].stem]
+    assert report.skipped == ["sub-02_T1w"]
+    assert [refusal.name for refusal in report.refused] == ["small"]
+    assert (report.patches, report.recall_at_10) == (store.info()["patches"], None)
 
 
 def test_two_encoders_side_by_side(store: Store):

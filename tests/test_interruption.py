@@ -45,7 +45,8 @@ def segments(store: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals):
     untouched = shutil.copytree(store, store.with_name("untouched.isimed"))
-    process = isimed("index", "-s", str(store), "--no-progress")
+    told = store.with_name("report.json")
+    process = isimed("index", "-s", str(store), "--no-progress", "--report", str(told))
     deadline = time.monotonic() + 60
     while not segments(store) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -54,6 +55,14 @@ def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), errors
     kept = segments(store)
     assert 0 < len(kept) < SCANS
+    assert told.exists() == (number == signal.SIGTERM)
+    if number == signal.SIGTERM:
+        report, now = json.loads(told.read_text()), Repository.open(store).snapshot()
+        assert report["interrupted"] is True
+        assert sorted(report["encoded"]) == sorted(now.scan_of[segment.scan_artefact] for segment in now.segments())
+        assert (report["skipped"], report["refused"], report["recall_at_10"]) == ([], [], None)
+        assert report["patches"] == sum(segment.rows for segment in now.segments())
+        assert f"error[interrupted]: index was stopped; of {SCANS} scans {len(kept)} are encoded and stay" in errors
 
     after = isi.open(store)  # opens, and answers
     assert after.scans().num_rows == SCANS
@@ -68,6 +77,7 @@ def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals)
     whole = Repository.open(store).snapshot().segments()
     assert [segment.path for segment in whole][: len(kept)] == kept
     assert sorted(report["skipped"]) == sorted(of[segment.scan_artefact] for segment in whole[: len(kept)])
+    assert report["interrupted"] is False
     assert len(report["encoded"]) == SCANS - len(kept)
     assert len({segment.task for segment in whole}) == len(whole) == SCANS
     isi.open(untouched).index()

@@ -83,7 +83,14 @@ def index(
     store, refused = add_first(session, paths)
     try:
         with session.progress() as progress:
-            done = store.index(**asked, min_recall=min_recall, max_ram=max_ram, progress=progress)
+            try:
+                done = store.index(**asked, min_recall=min_recall, max_ram=max_ram, progress=progress)
+            except KeyboardInterrupt as stop:
+                if (so_far := getattr(stop, "report", None)) is not None:
+                    refused += so_far.refused
+                fields = {"interrupted": True} if so_far is None else _fields(so_far, refused)
+                write_report(report, fields, refused)
+                raise
         refused += done.refused
         fields = _fields(done, refused)
         write_report(report, fields, refused)
@@ -105,8 +112,8 @@ def _fields(done: IndexReport, refused: Sequence[Refusal]) -> dict[str, Any]:
 def _counted(fields: dict[str, Any]) -> dict[str, Any]:
     """The same as a person reads it: numbers of scans for their names, and nothing that there is nothing to say of."""
     shown = {name: len(value) if isinstance(value, list) else value for name, value in fields.items()}
-    if not shown["workers_lost"]:
-        del shown["workers_lost"]
+    shown["workers_lost"] = shown["workers_lost"] or None
+    del shown["interrupted"]  # such a run is shown as an error
     return {name: value for name, value in shown.items() if value not in ("", {}, None)}
 
 

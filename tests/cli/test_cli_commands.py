@@ -34,7 +34,7 @@ from isimed_index.errors import (
     TrainingWarning,
     UsageError,
 )
-from isimed_index.indexing import IndexReport
+from isimed_index.indexing import IndexReport, IndexStopped
 from isimed_index.ingest.report import AddReport
 from isimed_index.report import added
 
@@ -470,6 +470,19 @@ class TestBatches:
         assert (lines["patches_per_s"], lines["share_of_bare"]) == ("207.00", "0.90")
         assert lines["refused"] == "1"
         assert json.loads((tmp_path / "r.json").read_text())["encoded"] == ["a"]
+
+    def test_an_interrupted_index_writes_its_report(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        store.answers["add"].refused.append(REFUSAL)
+        store.answers["index"] = KeyboardInterrupt()  # before it knew what to do
+        assert main(["index", "images", "--report", "r.json"]) == 130
+        told = json.loads((tmp_path / "r.json").read_text())
+        assert (told["interrupted"], [item["name"] for item in told["refused"]]) == (True, ["bad.nii"])
+        assert "error[interrupted]" in capsys.readouterr().err
+        store.answers["index"] = IndexStopped(IndexReport("c0ffee", ["a"], interrupted=True), 3)
+        assert main(["index", "images", "--report", "r.json"]) == 130
+        told = json.loads((tmp_path / "r.json").read_text())
+        assert (told["encoded"], told["interrupted"], len(told["refused"])) == (["a"], True, 1)
+        assert "of 3 scans 1 are encoded and stay" in capsys.readouterr().err
 
     def test_a_dry_run_says_what_its_numbers_are_founded_on(self, store: FakeStore, capsys: Any):
         assert main(["index", "--dry-run"]) == 0
