@@ -7,6 +7,7 @@ scans − committed tasks ─▶ encode ─▶ commit what has ended, while othe
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -64,12 +65,13 @@ _SAMPLE = 200  # vectors of each scan that the standard is estimated from
 class IndexReport:
     """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index.
 
-    `runtime` and `precision` are empty when nothing had to be encoded, `trial_patches_per_s` when there was no trial.
-    `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None when nothing
-    was encoded. `bare_patches_per_s` is what the workers would do together if they did nothing but passes of the
-    network over noise in memory; None where that was not measured. `workers_lost` counts workers of Dask that were lost
-    while they were wanted: what they had been given was encoded by others. Of a run that was `interrupted`, `encoded`
-    are the scans that are committed; `recall_at_10` is None when no index was built.
+    `runtime` and `precision` are empty when nothing had to be encoded; `skipped_by` says how many skipped scans each
+    `runtime/precision` had encoded, `unknown` where that is not stored. `trial_patches_per_s` is empty when there was
+    no trial. `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None
+    when nothing was encoded. `bare_patches_per_s` is what the workers would do together if they did nothing but passes
+    of the network over noise in memory; None where that was not measured. `workers_lost` counts workers of Dask that
+    were lost while they were wanted: what they had been given was encoded by others. Of a run that was `interrupted`,
+    `encoded` are the scans that are committed; `recall_at_10` is None when no index was built.
     """
 
     encoder: str
@@ -85,6 +87,7 @@ class IndexReport:
     patches_per_s: float | None = None
     bare_patches_per_s: float | None = None
     workers_lost: int = 0
+    skipped_by: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -110,7 +113,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
     """
     with repository.transaction("index") as transaction, repository.pin() as head:
         wanted = what_is_wanted(head, scans, options)
-        report = IndexReport(wanted.card.id, skipped=wanted.skipped)
+        report = IndexReport(wanted.card.id, skipped=wanted.skipped, skipped_by=_encoded_by(head, wanted))
         try:
             return _index(transaction, head, wanted, report, options, progress)
         except KeyboardInterrupt:
@@ -141,6 +144,13 @@ def _index(
     _commit_frame_and_regions(transaction, card, progress)
     built = _commit_index(transaction, card, options)
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
+
+
+def _encoded_by(head: Snapshot, wanted: Wanted) -> dict[str, int]:
+    """How many of the scans that are skipped were encoded by which runtime, in which precision."""
+    ran = {segment.task: segment.artefact.fields.get("runtime") for segment in head.segments(wanted.card.id)}
+    made = [ran[wanted.keys[scan]] for scan in wanted.skipped]
+    return dict(sorted(Counter(f"{by['name']}/{by['precision']}" if by else "unknown" for by in made).items()))
 
 
 def _so_far(now: Snapshot, wanted: Wanted, report: IndexReport) -> IndexReport:

@@ -403,6 +403,18 @@ def test_a_runtime_by_name_is_recorded_and_gone_on_with(fresh: Store):
     assert fresh.snapshot.segments()[0].artefact.fields["runtime"]["precision"] == "fp32"
 
 
+def test_a_runtime_that_has_nothing_left_to_encode_is_told_of(fresh: Store):
+    """Its name in a command does not mean that it made the vectors."""
+    fresh.index(where=ONE, runtime="openvino")
+    report = fresh.index(where=ONE, runtime="torch")
+    assert (report.encoded, report.runtime, report.skipped_by) == ([], "", {"openvino/fp32": 1})
+    report = fresh.index(where=TWO, runtime="torch")
+    assert (report.runtime, report.skipped_by) == ("torch", {"openvino/fp32": 1})
+    assert fresh.index(where=TWO).skipped_by == {"openvino/fp32": 1, "torch/fp32": 1}
+    fresh.compact()
+    assert fresh.index(where=TWO).skipped_by == {"unknown": 2}  # packed together, they do not say it any more
+
+
 def test_scans_in_another_precision_are_encoded_again(fresh: Store):
     """As with another stride: what a store says it has in float32 must not be bfloat16 that was there before."""
     assert len(fresh.index(where=TWO, runtime="torch", precision="bf16").encoded) == 2

@@ -97,6 +97,8 @@ def index(
         if session.format is Format.TABLE:
             fields = _counted(fields)
         show_fields(fields, session.format)
+        if told := _made_by_others(done, runtime):
+            session.note(told)
     finally:
         list_refusals(refused)
     end_batch(len(done.encoded) + len(done.skipped), refused)
@@ -107,6 +109,17 @@ def _fields(done: IndexReport, refused: Sequence[Refusal]) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(done) | {"refused": [item.name for item in refused], "share_of_bare": done.share_of_bare}
+
+
+def _made_by_others(done: IndexReport, runtime: str) -> str:
+    """That vectors were there already, which another runtime than the one that was asked for had made."""
+    others = {by: scans for by, scans in done.skipped_by.items() if by.partition("/")[0] not in (runtime, "unknown")}
+    if runtime == "auto" or not others:
+        return ""
+    count = sum(others.values())
+    scans = f"the vectors of {count} scan{'s' if count > 1 else ''}"
+    before = f"{scans}, encoded before, were" if done.encoded else f"nothing was encoded anew: {scans} were"
+    return f"{before} made by {' and '.join(others)}"
 
 
 def _counted(fields: dict[str, Any]) -> dict[str, Any]:

@@ -471,6 +471,25 @@ class TestBatches:
         assert lines["refused"] == "1"
         assert json.loads((tmp_path / "r.json").read_text())["encoded"] == ["a"]
 
+    @pytest.mark.parametrize(
+        ("options", "encoded", "told"),
+        [
+            (["--runtime", "torch"], [], "nothing was encoded anew: the vectors of 3 scans were made by openvino/fp32"),
+            (["--runtime", "torch"], ["d"], "the vectors of 3 scans, encoded before, were made by openvino/fp32"),
+            (["--runtime", "openvino"], [], ""),
+            ([], [], ""),
+        ],
+    )
+    def test_index_tells_that_another_runtime_made_what_is_stored(
+        self, store: FakeStore, capsys: Any, options: list[str], encoded: list[str], told: str
+    ):
+        by = {"openvino/fp32": 3, **({"torch/fp32": 1} if "torch" in options else {})}
+        store.answers["index"] = IndexReport("c0ffee", encoded, ["a", "b", "c"], recall_at_10=1.0, skipped_by=by)
+        assert main(["index", *options]) == 0
+        said = capsys.readouterr()
+        assert said.err == (f"{told}\n" if told else "")
+        assert "skipped_by" in said.out
+
     def test_an_interrupted_index_writes_its_report(self, store: FakeStore, capsys: Any, tmp_path: Path):
         store.answers["add"].refused.append(REFUSAL)
         store.answers["index"] = KeyboardInterrupt()  # before it knew what to do
