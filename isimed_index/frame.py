@@ -76,14 +76,14 @@ def fit_frame(
     by_size = sorted(lattices, key=lambda scan: int(lattices[scan].mask.sum()))
     template = lattices[by_size[len(by_size) // 2]]
     charts: dict[str, Chart] = {}
-    progress.start("frame", rounds * len(lattices), "charts")
     for turn in range(rounds):
+        progress.start(f"frame, round {turn + 1} of {rounds}", len(lattices), "charts")
         for scan, lattice in lattices.items():
             charts[scan] = fit_chart(lattice, template, charts[scan].affine if turn and charts[scan].holds else None)
             progress.advance(1, f"residual {charts[scan].residual_mm:.1f} mm")
         charts = _centred(charts)
         template = _mean_template(lattices, charts, template.step_mm)
-    progress.finish()
+        progress.finish()
     return Frame(encoder, standard, template, charts)
 
 

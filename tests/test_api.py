@@ -129,7 +129,7 @@ def test_pretrain_index_and_ask(cohort: Cohort, tmp_path: Path):
     assert not any((store.path / "tmp").iterdir())
     report = store.index(progress=progress)
     assert len(report.encoded) == progress.done["encode"] == 3
-    assert dict(progress.tasks)["frame"] == progress.done["frame"]
+    assert dict(progress.tasks)["frame, round 2 of 2"] == progress.done["frame, round 2 of 2"] == 3
     found = store.lookup([10, 20, 30], COPIES[0].stem)[0]
     assert found.xyz_mm == pytest.approx(COPIES[2].moved([10, 20, 30]), abs=1.0)
     store.plot("training", tmp_path / "training.png")

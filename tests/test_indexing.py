@@ -374,6 +374,14 @@ def test_a_short_job_runs_on_torch_without_a_trial(fresh: Store):
     assert (again.runtime, again.precision, again.patches_per_s) == ("", "", None)
 
 
+def test_what_is_counted_is_as_many_as_there_are(fresh: Store):
+    """Two scans have two charts, also where these are fitted in two rounds."""
+    shown = Notes([])
+    fresh.index(where=TWO, progress=shown)
+    tasks = ("runtime", "encode", "frame, round 1 of 2", "frame, round 2 of 2", "regions")
+    assert shown.counts == {task: [1, 1] if task == "runtime" else [2, 2] for task in tasks}
+
+
 def test_a_long_job_without_a_trial_is_compared_with_the_bare_network(fresh: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planning, "_LONG", 1)
     monkeypatch.setattr(trial, "_EDGE", 8)
@@ -390,9 +398,14 @@ class Notes(Silent):
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
+        self.counts: dict[str, list[int]] = {}  # by task: how many, and how many came
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self.counts[task] = [total or 0, 0]
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.notes.append(note)
+        list(self.counts.values())[-1][1] += n
 
 
 def test_a_runtime_by_name_is_recorded_and_gone_on_with(fresh: Store):

@@ -69,7 +69,7 @@ class Bars:
         task = self._open[-1]
         self._bars.update(task, advance=n)
         shown = self._bars.tasks[self._bars.task_ids.index(task)]
-        rate = rate_of(shown.completed, shown.elapsed or 0.0, shown.fields["unit"])
+        rate = rate_of(shown.completed, shown.elapsed or 0.0, shown.fields["unit"], shown.total)
         self._bars.update(task, note=note or shown.fields["note"], rate=rate)
 
     def finish(self) -> None:
@@ -126,11 +126,11 @@ class _Task:
         took = now - self.began
         left = None if self.total is None or not self.done else took / self.done * (self.total - self.done)
         eta = f"{_ETA} {left:.0f} s" if left and took >= 1 and _ETA not in self.note else ""
-        rate = rate_of(self.done, took, self.unit)
+        rate = rate_of(self.done, took, self.unit, self.total)
         parts = [f"{self.name}: {count} {self.unit}", f"{took:.0f} s", rate, eta, self.note]
         return " · ".join(part for part in parts if part)
 
 
-def rate_of(done: float, took_s: float, unit: str) -> str:
-    """Such as `0.25 scans/s`; nothing in the first second, which says little."""
-    return f"{done / took_s:.3g} {unit}/s" if took_s >= 1 and done else ""
+def rate_of(done: float, took_s: float, unit: str, total: float | None = None) -> str:
+    """Such as `0.25 scans/s`; nothing in the first second, which says little, nor for a single thing."""
+    return f"{done / took_s:.3g} {unit}/s" if took_s >= 1 and done and total != 1 else ""

@@ -54,6 +54,18 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch):
     ]
 
 
+def test_a_single_thing_has_no_rate(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("runtime", 1, "choice")
+    clock[0] += 4
+    lines.advance(1, "openvino, 230 patches/s")
+    lines.finish()
+    assert stream.getvalue() == "runtime: 1/1 choice · 4 s · openvino, 230 patches/s\n"
+
+
 def test_a_task_of_unknown_length_has_a_rate_and_no_eta(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
     monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
