@@ -42,6 +42,7 @@ from isimed_index.planning import (
     no_scan,
     processes_now,
     sizes_of,
+    tell_of_stride,
     what_is_wanted,
 )
 from isimed_index.pretrain.stopping import Stopped
@@ -173,6 +174,7 @@ def _encode(
     points = {size.scan: size.points for size in sizes_of(head, wanted)}
     with workers(options.scheduler) as where:
         job = job_of(head, wanted, sum(points.values()), options)
+        tell_of_stride(job, wanted.card, where)
         choice = choose_runtime(job, where, progress)
         bare, processes = bare_pace_on(job, where, choice), processes_now(where)
         options = replace(options, runtime=choice.runtime)

@@ -79,6 +79,7 @@ def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, 
         return _with_numbers(plan, wanted.card, sizes, damaged, Measured(), processes=0, overlap=False)
     with workers(options.scheduler) as where:
         job = job_of(snapshot, wanted, sum(size.points for size in sizes_of(snapshot, wanted)), options)
+        tell_of_stride(job, wanted.card, where)
         choice = choose_runtime(job, where, progress)
         probe = Probe(job.encoder, job.device, job.trust, choice.runtime, wanted.stride_vox, probed)
         progress.start("measure", None, "scans")
@@ -191,6 +192,24 @@ def bare_pace_on(job: Job, where: Workers, choice: Choice) -> float | None:
         return choice.patches_per_s.get(choice.runtime.name)
     died = WorkerFailed("the workers died that measured the network", next_step="isimed index again")
     return ask(bare_pace, replace(job, asked=choice.runtime), where, died)
+
+
+def tell_of_stride(job: Job, card: EncoderCard, where: Workers) -> None:
+    """Warn of a stride at which every patch is encoded by itself, though the network could share work between them."""
+    from isimed_index.encoders.runtimes.trial import cheaper_strides
+
+    if job.stride_vox == card.stride_vox:
+        return
+    died = WorkerFailed("the workers died that opened the encoder", next_step="isimed index again")
+    near = [f"{stride * card.spacing_mm:g}" for stride in ask(cheaper_strides, job, where, died)]
+    if near:
+        warnings.warn(
+            f"at a stride of {job.stride_vox * card.spacing_mm:g} mm patches share no work: each is encoded by itself, "
+            f"seen to take 27 times as long. The nearest strides that share it are {' and '.join(near)} mm. "
+            f"Next: isimed index --stride {near[-1]}",
+            IsimedWarning,
+            stacklevel=3,
+        )
 
 
 def job_of(head: Snapshot, wanted: Wanted, patches: int, options: IndexOptions) -> Job:

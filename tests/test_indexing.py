@@ -440,6 +440,24 @@ def test_scans_in_another_precision_are_encoded_again(fresh: Store):
     assert now[0].vectors("embedding").tobytes() != rough
 
 
+@pytest.mark.parametrize("verb", ["index", "plan_index"])
+def test_a_stride_at_which_no_work_is_shared_is_told_before_it_starts(
+    fresh: Store, monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ask = getattr(fresh, verb)
+    monkeypatch.setattr(indexing, "encode_batches", stop)
+    monkeypatch.setattr(planning, "measure", stop)
+    near = r"stride of 24 mm patches share no work.* are 16 and 32 mm. Next: isimed index --stride 32$"
+    with pytest.warns(IsimedWarning, match=near), pytest.raises(KeyboardInterrupt):
+        ask(where=ONE, stride_mm=24.0, runtime="torch")
+    for shared in (4.0, 8.0, 16.0, 48.0):  # not told of: warnings are errors here
+        with pytest.raises(KeyboardInterrupt):
+            ask(where=ONE, stride_mm=shared, runtime="torch")
+
+
 @pytest.mark.parametrize("wrong", ["nonsense", "processes:0", "processes:many"])
 def test_a_misspelt_scheduler_is_refused_also_when_there_is_nothing_to_encode(cohort: Cohort, wrong: str):
     with pytest.raises(UsageError, match="expected"):

@@ -74,6 +74,14 @@ class NetworkEncoder:
         own = self._own_stride
         return own is not None and not (stride % own and own % stride)
 
+    def strides_near(self, stride: int) -> list[int]:
+        """The nearest strides (voxels) that share work, below and above one that does not; none where all are alike."""
+        own = self._own_stride
+        if own is None or self.shares_work(stride):
+            return []
+        shared = [near for near in range(1, stride + own + 1) if self.shares_work(near)]
+        return [max(near for near in shared if near < stride), min(near for near in shared if near > stride)]
+
     def parts(self, grid: PatchGrid, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """The patches `numbers` (n,) in parts that cost together what they cost apart: tiles, or batches."""
         own = self._own_stride

@@ -21,7 +21,7 @@ from isimed_index.encoders.runtime import load_encoder, write_encoder
 from isimed_index.encoders.runtimes import trial
 from isimed_index.encoders.runtimes.checked import Checked
 from isimed_index.encoders.runtimes.kind import Runtime
-from isimed_index.encoders.runtimes.trial import Choice, Job, choose, round_of
+from isimed_index.encoders.runtimes.trial import Choice, Job, cheaper_strides, choose, round_of
 from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.pretrain.trainer import new_card
 
@@ -64,6 +64,13 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def innermost(encoder: Encoder) -> object:
     run = encoder._run  # type: ignore[attr-defined]
     return run._run if isinstance(run, Checked) else run
+
+
+@pytest.mark.parametrize(
+    ("stride", "near"), [(1, []), (2, []), (4, []), (12, []), (3, [2, 4]), (6, [4, 8]), (7, [4, 8]), (9, [8, 12])]
+)
+def test_strides_that_share_work_are_named_beside_one_that_does_not(job: Job, stride: int, near: list[int]) -> None:
+    assert cheaper_strides(replace(job, stride_vox=stride)) == near
 
 
 def test_the_fastest_is_chosen(job: Job, rates: dict[str, float]) -> None:

@@ -116,6 +116,18 @@ def bare_pace(job: Job) -> float | None:
         return None
 
 
+def cheaper_strides(job: Job) -> list[int]:
+    """The nearest strides (voxels) at which patches share work, if at the job's own they do not and could."""
+    card = read_card(Path(job.encoder))
+    if not is_ours(card.factory) or card.factory == ONNX:
+        return []
+    try:
+        encoder = open_encoder(card, weights_file(Path(job.encoder), card), "cpu")
+    except Exception:  # noqa: BLE001 — the job will say what is wrong with it
+        return []
+    return encoder.strides_near(job.stride_vox) if isinstance(encoder, NetworkEncoder) else []
+
+
 def pace_of(encoder: Encoder, stride_vox: int) -> float:
     """Patches a second of an encoder that has nothing else to do: of noise, in memory, the faster of two rounds."""
     once = round_of(encoder, stride_vox)
