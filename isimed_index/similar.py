@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "mean_sd"]
 _COLUMNS = ("scan", "subject", "label", "name", "distance", "patches")
 _LISTED = 3  # names in an error
-_WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
+_WHOLE = re.compile(r"(?:label )?([+-]?\d+)", re.ASCII)
 _LEAST_LENGTH = 1e-12  # of a pooled vector that points anywhere
 
 
@@ -64,7 +65,7 @@ def similar(snapshot: Snapshot, scan: str, likeness: Likeness, encoder: str | No
 
     `NotFound` when the scan, the region or its pooled vector is not there.
     """
-    subject = snapshot.scan_row(scan)["subject"]
+    subject = snapshot.scan_row(_scan_id(scan))["subject"]
     card = read_card(snapshot.encoder_path(encoder))
     segments = snapshot.segments_by_scan(card.id)
     regions = _regions(snapshot, card, segments, scan)
@@ -82,6 +83,13 @@ def similar(snapshot: Snapshot, scan: str, likeness: Likeness, encoder: str | No
     order = np.lexsort((found["scan"].to_numpy(), away))[: likeness.k]
     found = found.take(order)
     return _answer(found, [others[other] for other in found["scan"].to_pylist()], away[order])
+
+
+def _scan_id(scan: object) -> str:
+    if isinstance(scan, str):
+        return scan
+    found = f"the path {scan.name!r}" if isinstance(scan, Path) else repr(scan)
+    raise UsageError(f"expected the id of a stored scan, found {found}", next_step="isimed ls")
 
 
 def distances(regions: StoredRegions, asked: int, others: NDArray[np.int64], pooling: Pooling) -> NDArray[np.float64]:
@@ -117,8 +125,8 @@ def _regions(snapshot: Snapshot, card: EncoderCard, segments: Mapping[str, Segme
     lacking = sum(segment.rows > 0 and segment.first_row_id not in pooled for segment in segments.values())
     if lacking:
         warnings.warn(
-            f"{lacking} encoded scans have no vectors of whole scan and regions yet, so they cannot answer. "
-            f"Next: {step}",
+            f"{_counted(lacking, 'encoded scan has', 'encoded scans have')} no vectors of whole scan and regions yet, "
+            f"and cannot answer. Next: {step}",
             StoreWarning,
             stacklevel=4,
         )
@@ -181,9 +189,12 @@ def _listing(columns: str, view: str, scan: str) -> str:
 
 
 def _as_number(label: str | int) -> int | None:
-    """The number that a label is, also one of NumPy's, or that a text shows; None for a name."""
+    """The number that a label is, also one of NumPy's, or that a text shows; None for a name.
+
+    `label 87` is what lookups call a label without a name.
+    """
     if isinstance(label, str):
-        return int(label) if _WHOLE.fullmatch(label.strip()) else None
+        return int(shown[1]) if (shown := _WHOLE.fullmatch(label.strip())) else None
     return operator.index(label)
 
 
@@ -213,11 +224,12 @@ def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.in
         return np.flatnonzero(pc.and_(of_others, pc.is_null(rows["label"])))
     numbered = pc.and_(of_others, pc.fill_null(pc.equal(rows["label"], number), False))
     nameless = pc.is_null(rows["name"])
-    unsure = np.count_nonzero(pc.and_(numbered, nameless if name.is_valid else pc.invert(nameless)))
+    unsure = int(np.count_nonzero(pc.and_(numbered, nameless if name.is_valid else pc.invert(nameless))))
     if unsure:
         warnings.warn(
             f"label {number} has a name in some scans and none in others, so it is not known to be the same region: "
-            f"{unsure} regions are left out. Next: isimed add all scans with --label-names to a new store",
+            f"{_counted(unsure, 'region is', 'regions are')} left out. "
+            "Next: isimed add all scans with --label-names to a new store",
             StoreWarning,
             stacklevel=4,
         )
@@ -233,6 +245,10 @@ def _alike(rows: pa.Table, asked: int, others: Collection[str]) -> NDArray[np.in
             stacklevel=4,
         )
     return np.flatnonzero(pc.and_(of_others, pc.fill_null(pc.equal(rows["name"], name), False)))
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _spelt(name: str) -> str:

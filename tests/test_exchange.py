@@ -510,11 +510,11 @@ def test_two_processes_that_import_at_once_land_everything_once(exported: Path, 
     assert len([*(store.path / "encoders").iterdir()]) == 1
 
 
-def seal_again(folder: Path) -> None:
-    """Make `export.json` say what `lattices.json` is now."""
+def seal_again(folder: Path, name: str = "lattices.json") -> None:
+    """Make `export.json` say what a file is now."""
     seal = json.loads((folder / "export.json").read_text())
-    size, sha256 = file_digest(folder / "lattices.json")
-    seal["files"]["lattices.json"] = {"bytes": size, "sha256": sha256}
+    size, sha256 = file_digest(folder / name)
+    seal["files"][name] = {"bytes": size, "sha256": sha256}
     (folder / "export.json").write_text(json.dumps(seal))
 
 
@@ -542,6 +542,27 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, change: A
         restore.import_parquet(copy, tmp_path / "out")
     assert copy.head() == 0
     assert not any((copy.path / "segments").iterdir())
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_foreground_that_is_no_share_is_refused_in_an_own_export(tmp_path: Path, share: float):
+    """As a store of an earlier version may have taken it from another program: it weighs patches."""
+    export_parquet(Selection(whole_store(tmp_path / "store").snapshot()), tmp_path / "out")
+    file = f"patches-{ENCODER}.parquet"
+    with pq.ParquetFile(tmp_path / "out" / file) as whole:
+        groups = [whole.read_row_group(number) for number in range(whole.num_row_groups)]
+    place = groups[0].schema.get_field_index("foreground")
+    field = groups[0].schema.field(place)
+    column = pa.array([share, *groups[0]["foreground"].to_pylist()[1:]], field.type)
+    groups[0] = groups[0].set_column(place, field, column)
+    with pq.ParquetWriter(tmp_path / "out" / file, groups[0].schema) as written:
+        for rows in groups:
+            written.write_table(rows)
+    seal_again(tmp_path / "out", file)
+    copy = Repository.create(tmp_path / "copy")
+    with pytest.raises(UsageError, match=r"sub-01_T1w in the export: expected shares from 0 to 1, found 1 others"):
+        restore.import_parquet(copy, tmp_path / "out")
+    assert copy.head() == 0
 
 
 def test_voxels_that_are_not_those_of_the_scan_are_refused(tmp_path: Path):

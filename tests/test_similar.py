@@ -147,7 +147,7 @@ def test_which_scans_may_answer(whole: Store):
     assert whole.similar(ASKED, k=2).equals(whole.similar(ASKED).slice(0, 2))
 
 
-@pytest.mark.parametrize("label", [WHITE, "white matter", "4", np.int32(WHITE)])
+@pytest.mark.parametrize("label", [WHITE, "white matter", "4", "label 4", np.int32(WHITE)])
 def test_a_region_by_name_or_number(whole: Store, label: Any):
     found = whole.similar(ASKED, label)
     assert set(found["label"].to_pylist()) == {WHITE}
@@ -174,7 +174,7 @@ def test_left_is_never_compared_with_what_is_called_right(store: Store):
         sides |= {(copy.stem, BRAIN): "right", (copy.stem, WHITE): "left"}  # numbered the other way round
     sides |= {(COPIES[4].stem, BRAIN): None, (COPIES[4].stem, WHITE): "left"}
     renamed(store, sides)
-    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 regions are left out.* to a new"):
+    with pytest.warns(StoreWarning, match=r"label 3 has a name in some .*: 1 region is left out.* to a new"):
         found = store.similar(ASKED, "left", same_subject="include")
     assert set(found["name"].to_pylist()) == {"left"}
     assert set(found["label"].to_pylist()) == {WHITE}
@@ -193,6 +193,11 @@ def test_another_spelling_is_left_out_but_told(store: Store):
         assert not store.similar(ASKED, "Left-Lung").num_rows
 
 
+def test_a_name_comes_before_the_number_that_it_looks_like(store: Store):
+    renamed(store, {(ASKED, BRAIN): f"label {WHITE}", (CROPPED.stem, BRAIN): f"label {WHITE}"})
+    assert set(store.similar(ASKED, f"label {WHITE}")["label"].to_pylist()) == {BRAIN}
+
+
 def test_two_labels_of_one_name_are_told_apart_by_number(store: Store):
     renamed(store, {(ASKED, BRAIN): "tissue", (ASKED, WHITE): "tissue", (CROPPED.stem, WHITE): "tissue"})
     with pytest.raises(UsageError, match=r"labels 3 and 4 of scan .* are all called 'tissue'"):
@@ -208,6 +213,11 @@ def test_what_cannot_be_asked(whole: Store, tmp_path: Path):
         whole.similar(ASKED, 99)
     with pytest.raises(NotFound, match="no label '-1'; the nearest are"):
         whole.similar(ASKED, "-1")
+    with pytest.raises(NotFound, match="no label 'label 87'; the nearest are"):
+        whole.similar(ASKED, "label 87")  # as lookups call one without a name
+    for wrong_scan in (None, 3, tmp_path / "one.nii.gz"):
+        with pytest.raises(UsageError, match=r"expected the id of a stored scan, found (None|3|the path 'one.nii.gz')"):
+            whole.similar(wrong_scan)  # type: ignore[arg-type]
     with pytest.raises(NotFound, match="no scan 'sub-99'"):
         whole.similar("sub-99")
     with pytest.raises(NotFound, match="did you mean 'white matter'\\?"):
@@ -365,7 +375,7 @@ def test_what_is_deleted_answers_no_more_and_old_answers_stay_by_tag(store: Stor
     assert TWIN not in store.similar(ASKED, same_subject="include")["scan"].to_pylist()
     store.delete("scan = 'sub-02_T1w' AND patch % 2 = 0", "patches")  # its vectors are of patches that are gone
     assert "sub-02_T1w" not in scans_with_regions(store)
-    with pytest.warns(StoreWarning, match=rf"1 encoded scans have .* isimed index --encoder {store.encoder().id}"):
+    with pytest.warns(StoreWarning, match=rf"1 encoded scan has .* isimed index --encoder {store.encoder().id}"):
         left = store.similar(ASKED)["scan"].to_pylist()
     assert set(left) == {"sub-03_T1w", "sub-04_T1w", CROPPED.stem}
     with pytest.raises(NotFound, match="no vector of the whole scan yet"):

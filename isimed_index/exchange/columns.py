@@ -44,6 +44,11 @@ def vectors_of(column: pa.ChunkedArray, name: str) -> NDArray[np.floating[Any]]:
     return vectors
 
 
+def no_shares(values: NDArray[Any]) -> int:
+    """How many of some numbers are no share from 0 to 1; NaN is none."""
+    return int(np.count_nonzero(~((values >= 0) & (values <= 1))))
+
+
 def shaped(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """`table` with exactly the columns of `schema`; those that it lacks are null."""
     import pyarrow as pa

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from isimed_index.encode import grid_key, task_key
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.errors import EncoderMismatch, NotFound, OutsideScan, UsageError
+from isimed_index.exchange.columns import no_shares
 from isimed_index.exchange.geometry import Points, Regular, attributes_of, count_outside, read_scans, regular
 from isimed_index.exchange.given import Foreign, foreign_card, read_foreign
 from isimed_index.exchange.incoming import (
@@ -170,8 +171,7 @@ def _foreground(rows: pa.Table, numbers: NDArray[np.int64]) -> NDArray[Any]:
     if "foreground" not in rows.column_names:
         return np.ones(len(numbers), np.float32)  # nothing is known, so all of it
     shares = _column(rows, "foreground", numbers)
-    wrong = int(np.count_nonzero(~((shares >= 0) & (shares <= 1))))
-    if wrong:
+    if wrong := no_shares(shares):
         raise UsageError(
             f"foreground: expected shares from 0 to 1, found {wrong} others, or missing ones",
             next_step="mend the column, or leave it out",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isimed_index.errors import EncoderMismatch, StoreDamaged, UsageError
-from isimed_index.exchange.columns import vectors_of
+from isimed_index.exchange.columns import no_shares, vectors_of
 from isimed_index.exchange.export import LATTICES
 from isimed_index.exchange.folder import read_seal
 from isimed_index.exchange.incoming import (
@@ -261,6 +261,12 @@ def _segment(
 ) -> Artefact:
     if set(rows["scan"].to_pylist()) != {scan} or not said["outputs"].keys() <= set(rows.column_names):
         raise StoreDamaged("the patches of the export are not those that it names", next_step=_AGAIN)
+    if wrong := no_shares(rows["foreground"].to_numpy()):
+        raise UsageError(
+            f"foreground of scan {scan} in the export: expected shares from 0 to 1, found {wrong} others, or missing "
+            "ones",
+            next_step="leave that scan out of the export by --where, and encode it or import its embeddings again",
+        )
     outputs = {name: vectors_of(rows[name], name).astype(kind, copy=False) for name, kind in said["outputs"].items()}
     made = {*outputs, *_MADE} & set(rows.column_names)
     directory = transaction.stage("segment")
