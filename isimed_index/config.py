@@ -1,6 +1,6 @@
 """One frozen dataclass per verb, read from TOML; a flag overrides a file, an unknown key fails.
 
-defaults of the class  ←  preset (a TOML in the package)  ←  its table of the method  ←  --config FILE.toml  ←  flags
+preset (a TOML in the package, with every field)  ←  its table of the method  ←  --config FILE.toml  ←  flags
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import tomllib
+from dataclasses import fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from isimed_index.config import Method, Preset, PretrainConfig, from_mapping, pretrain_config
+from isimed_index.config import Augmentation, Method, Preset, PretrainConfig, from_mapping, pretrain_config
 from isimed_index.errors import ConfigError
 
 
@@ -22,6 +24,38 @@ def toml(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("preset", get_args(Preset))
 def test_every_preset_resolves(preset: str) -> None:
     assert pretrain_config(preset).method == "isimed"
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_a_preset_says_every_field(preset: str) -> None:
+    """None is left to the defaults of the class, so a preset means the same whatever becomes of those."""
+    text = files("isimed_index").joinpath("pretrain", "presets", f"{preset}.toml").read_text(encoding="utf-8")
+    values = tomllib.loads(text)
+    assert values.keys() - {"methods"} == {field.name for field in fields(PretrainConfig)}
+    assert values["augmentation"].keys() == {field.name for field in fields(Augmentation)}
+
+
+@pytest.mark.parametrize(
+    ("preset", "own", "of_views"),
+    [
+        (
+            "default",
+            {"width": 24, "distance_weight": 4.0, "batch_scans": 4, "epochs": 40, "steps_per_epoch": 100},
+            {},
+        ),
+        (
+            "tiny",
+            {"epochs": 12, "steps_per_epoch": 60},
+            {"curve_probability": 0.5, "arbitrary_curve_probability": 0.1, "invert_probability": 0.2, "bias": 0.2},
+        ),
+    ],
+)
+def test_a_preset_differs_from_the_defaults_where_it_says_so(
+    preset: str, own: dict[str, Any], of_views: dict[str, float]
+) -> None:
+    shared = {"descriptor_weight": 1.0, "learning_rate": 1e-3, "warmup_steps": 100}
+    expected = replace(PretrainConfig(), **shared, **own, augmentation=replace(Augmentation(), **of_views))
+    assert pretrain_config(preset) == expected
 
 
 def test_flags_override_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
