@@ -94,6 +94,7 @@ class PretrainConfig:
     spacing_mm: float = 2.0
     window_low: float = 0.0  # physical values that go to -1 and 1, such as -1000 and 1000 HU for CT;
     window_high: float = 0.0  # equal: two percentiles of every scan do
+    clip: float = 1.5  # scaled values are cut off at ±clip; 0: nowhere, as in the paper
 
     view_vox: int = 56
     crops_per_scan: int = 2
@@ -158,6 +159,8 @@ class PretrainConfig:
             raise ConfigError("at least one objective needs a weight above 0")
         if not -math.inf < self.window_low <= self.window_high < math.inf:
             raise ConfigError(f"expected window_low ≤ window_high, found {self.window_low} and {self.window_high}")
+        if not (self.clip == 0 or 1 <= self.clip < math.inf):
+            raise ConfigError(f"expected clip 0 (none) or 1 or more, found {self.clip}")
         if self.views_per_crop not in (1, 2):
             raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
         if self.view_vox < 32 or (self.view_vox - 32) % 4:
@@ -222,6 +225,17 @@ def _check_least(config: Any, least: Mapping[str, int]) -> None:
     for name, bound in least.items():
         if not bound <= getattr(config, name) < math.inf:
             raise ConfigError(f"expected {name} ≥ {bound}, found {getattr(config, name)}")
+
+
+def naming_fields(config: PretrainConfig) -> dict[str, Any]:
+    """The fields by which a training is known from others: all, but those that came later where they change nothing.
+
+    So what an earlier version began can be gone on with where it is the same training, and only there.
+    """
+    return {name: value for name, value in dataclasses.asdict(config).items() if _BEFORE.get(name, ...) != value}
+
+
+_BEFORE = {"clip": 1.5}  # what was done before there was such a field
 
 
 def pretrain_config(

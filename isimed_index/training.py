@@ -11,14 +11,14 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
-from isimed_index.config import PretrainConfig
+from isimed_index.config import PretrainConfig, naming_fields
 from isimed_index.encoders.card import LONGEST_NAME, EncoderCard, is_name, read_card
 from isimed_index.encoders.runtime import write_encoder
 from isimed_index.errors import StoreDamaged, StoreLocked, TrainingWarning, UsageError
@@ -69,7 +69,7 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
         config = training.config
         rows = [head.scan_row(scan) for scan in sorted(scans)]
         shown = [[row["digest"], row["subject"]] for row in rows]
-        run = repository.path / "tmp" / f"pretrain-{_hash([asdict(config), shown])}"
+        run = repository.path / "tmp" / run_name(config, shown)
         if processes.from_first(run.name) != run.name:
             raise UsageError(
                 "the processes of this training see different scans",
@@ -196,6 +196,7 @@ def _opened(snapshot: Snapshot, scan: str) -> StoredScan:
     return open_chunks(snapshot.chunks_path(scan), scan)
 
 
-def _hash(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def run_name(config: PretrainConfig, shown: Sequence[Any]) -> str:
+    """The name of a training's folder: a hash of its configuration and of what is `shown` to it, scan by scan."""
+    text = json.dumps([naming_fields(config), shown], sort_keys=True)
+    return f"pretrain-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

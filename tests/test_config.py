@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from isimed_index.config import Augmentation, Method, Preset, PretrainConfig, from_mapping, pretrain_config
+from isimed_index.config import (
+    Augmentation,
+    Method,
+    Preset,
+    PretrainConfig,
+    from_mapping,
+    naming_fields,
+    pretrain_config,
+)
 from isimed_index.errors import ConfigError
 
 
@@ -56,6 +64,13 @@ def test_a_preset_differs_from_the_defaults_where_it_says_so(
     shared = {"descriptor_weight": 1.0, "learning_rate": 1e-3, "warmup_steps": 100}
     expected = replace(PretrainConfig(), **shared, **own, augmentation=replace(Augmentation(), **of_views))
     assert pretrain_config(preset) == expected
+
+
+def test_fields_that_came_later_name_a_training_only_where_they_change_it() -> None:
+    names = {field.name for field in fields(PretrainConfig)}
+    assert naming_fields(PretrainConfig()).keys() == names - {"clip"}
+    assert naming_fields(PretrainConfig(clip=0.0)).keys() == names
+    assert naming_fields(PretrainConfig(clip=0.0)) == asdict(PretrainConfig(clip=0.0))
 
 
 def test_flags_override_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
@@ -170,6 +185,9 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path, text: str, named
         {"near_mm": -1.0},
         {"window_low": 10.0, "window_high": -10.0},
         {"window_low": -math.inf},
+        {"clip": 0.5},
+        {"clip": -1.0},
+        {"clip": math.inf},
         {"ignore_mm": -1.0},
         {"clip_norm": -1.0},
         {"weight_decay": -1e-4},

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 import isimed_index as isi
 from isimed_cli.main import main
 from isimed_index import training
+from isimed_index.config import PretrainConfig, pretrain_config
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.runtime import write_encoder
 from isimed_index.errors import StoreLocked, TrainingWarning, UsageError
 from isimed_index.progress import Silent
+from isimed_index.training import run_name
 
 STEPS = 20
 CONFIG = f"""
@@ -131,6 +134,16 @@ def saved_step(store: Path) -> int:
 def wait_until(store: Path, process: subprocess.Popen[str], step: int) -> None:
     while saved_step(store) < step and process.poll() is None:
         time.sleep(0.002)
+
+
+def test_a_training_keeps_the_name_that_earlier_versions_gave_it() -> None:
+    """The names are what the version before `clip` gave; the preset `paper` became another training with it."""
+    shown = [["digest", "subject"]]
+    assert run_name(PretrainConfig(), shown) == "pretrain-e667ba8f9d70e98d"
+    assert run_name(pretrain_config("default"), shown) == "pretrain-a2574b372ca05d55"
+    paper = pretrain_config("paper")
+    assert run_name(paper, shown) != "pretrain-db0240d38102bd84"
+    assert run_name(replace(paper, clip=1.5), shown) == "pretrain-db0240d38102bd84"
 
 
 def test_a_training_that_is_killed_loses_no_more_than_since_its_last_checkpoint(

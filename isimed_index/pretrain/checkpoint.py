@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from isimed_index.config import PretrainConfig
+from isimed_index.config import PretrainConfig, naming_fields
 from isimed_index.errors import StoreDamaged, UsageError
 from isimed_index.store.files import new_id, replace_durably, sync_file
 
@@ -37,7 +37,7 @@ def begin(directory: Path, config: PretrainConfig) -> str:
     """Note that a run begins anew, forgetting the one before it; returns a name that its resumptions share."""
     (directory / STATE).unlink(missing_ok=True)
     run = new_id()
-    content = {"run": run, "config": asdict(config)}
+    content = {"run": run, "config": naming_fields(config)}
     replace_durably(directory / BEGUN, json.dumps(content, sort_keys=True).encode())
     return run
 
@@ -99,4 +99,4 @@ def damaged() -> StoreDamaged:
 
 
 def _plain(config: PretrainConfig) -> Any:
-    return json.loads(json.dumps(asdict(config)))
+    return json.loads(json.dumps(naming_fields(config)))

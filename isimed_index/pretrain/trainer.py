@@ -75,8 +75,8 @@ def new_card(config: PretrainConfig, name: str, preset: str) -> EncoderCard:
 def intensity_of(config: PretrainConfig) -> Intensity:
     """How the values of scans are scaled: by a window, or by percentiles where the configuration has none."""
     if config.window_low == config.window_high:
-        return Intensity()
-    return Intensity(window_low=config.window_low, window_high=config.window_high)
+        return Intensity(clip=config.clip)
+    return Intensity(clip=config.clip, window_low=config.window_low, window_high=config.window_high)
 
 
 def train(

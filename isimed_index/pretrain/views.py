@@ -27,6 +27,7 @@ from isimed_index.grid import Box
 from isimed_index.scans.prepare import thick_slices
 from isimed_index.space import Affine, apply_affine
 
+_MOST = 65_504  # float16 can hold
 _ASLANT = 1  # voxel: the lines of a view are followed to whole planes, which shifts them by no more
 
 
@@ -49,7 +50,8 @@ class Window:
     ) -> Window:
         """A window of these values (x, y, z); the whole volume where nothing else is said."""
         x, y, z = values.shape if shape is None else shape
-        return cls(torch.tensor(values, dtype=torch.float16), background, start, (x, y, z))
+        held = torch.tensor(values, dtype=torch.float16).clamp_(-_MOST, _MOST)  # where nothing is cut off: no infinity
+        return cls(held, background, start, (x, y, z))
 
 
 def random_pose(rng: np.random.Generator, augmentation: Augmentation) -> NDArray[np.float64]:

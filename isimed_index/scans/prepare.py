@@ -24,15 +24,16 @@ _FWHM_PER_SIGMA = 2 * math.sqrt(2 * math.log(2))
 class Intensity:
     """How values become network input; part of the encoder card.
 
-    The two percentiles of a volume go to `low` and `high` on a straight line, which is cut off at ±`clip`. With a
-    window, such as -1000 to 1000 HU for CT, its two ends take the percentiles' place, and values beyond are cut off.
+    The two percentiles of a volume go to `low` and `high` on a straight line, which is cut off at ±`clip`, or goes on
+    where that is 0. With a window, such as -1000 to 1000 HU for CT, its two ends take the percentiles' place, and
+    values beyond are cut off.
     """
 
     low_percentile: float = 5.0
     high_percentile: float = 95.0
     low: float = -1.0
     high: float = 1.0
-    clip: float = 1.5
+    clip: float = 1.5  # 0: nowhere
     window_low: float | None = None  # physical values, such as Hounsfield units
     window_high: float | None = None
 
@@ -41,7 +42,8 @@ class Intensity:
             raise UsageError(
                 f"expected percentiles 0 ≤ low < high ≤ 100, found {self.low_percentile} and {self.high_percentile}"
             )
-        if not -self.clip <= self.low < self.high <= self.clip:
+        inside = -self.clip <= self.low and self.high <= self.clip < math.inf
+        if not (self.low < self.high and (inside or self.clip == 0)):
             raise UsageError(f"expected -clip ≤ low < high ≤ clip, found {self.low}, {self.high} and ±{self.clip}")
 
         ends = (self.window_low, self.window_high)
@@ -70,8 +72,9 @@ class Intensity:
         scaled = values - np.float32(low)
         scaled *= np.float32(gain)
         scaled += np.float32(self.low)
-        clipped: NDArray[np.float32] = np.clip(scaled, -self.clip, self.clip, out=scaled)
-        return clipped
+        if self.clip:
+            np.clip(scaled, -self.clip, self.clip, out=scaled)
+        return np.asarray(scaled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -101,6 +101,14 @@ def test_a_window_is_part_of_a_card_and_of_its_id() -> None:
     assert "window_low" not in MADE.to_json()["intensity"]  # the ids of earlier cards stay
 
 
+def test_a_card_without_a_clip_says_so() -> None:
+    """A card without the field is an earlier one, whose values are cut off; 0 is not left out."""
+    whole = replace(MADE, intensity=Intensity(clip=0.0))
+    assert whole.to_json()["intensity"]["clip"] == 0
+    assert EncoderCard.from_json(json.loads(json.dumps(whole.to_json()))).intensity.clip == 0
+    assert whole.id != MADE.id
+
+
 def test_a_position_is_in_millimetres() -> None:
     assert MADE.to_json()["outputs"]["position"] == {"dim": 3, "unit": "mm"}
     assert MADE.dim == 8

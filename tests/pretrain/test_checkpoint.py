@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,15 @@ def test_a_run_that_began_is_known_by_its_configuration(tmp_path: Path) -> None:
         checkpoint.begun(tmp_path, config(learning_rate=1e-5))
     assert [path.name for path in tmp_path.iterdir()] == [BEGUN]
     assert checkpoint.load(tmp_path) is None
+
+
+def test_a_run_of_an_older_version_goes_on_only_where_it_would_be_the_same(tmp_path: Path) -> None:
+    """It cut values off at ±1.5 and had no field to say so."""
+    written = {name: value for name, value in asdict(config()).items() if name != "clip"}
+    (tmp_path / BEGUN).write_text(json.dumps({"run": "01OLD", "config": written}))
+    assert checkpoint.begun(tmp_path, config()) == "01OLD"
+    with pytest.raises(UsageError, match="another configuration"):
+        checkpoint.begun(tmp_path, config(clip=0.0))
 
 
 def test_a_run_that_begins_anew_forgets_the_checkpoint_before_it(tmp_path: Path) -> None:

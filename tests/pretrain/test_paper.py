@@ -101,6 +101,10 @@ def test_intensities_go_from_the_5th_and_95th_percentile_to_one_below_and_above_
     assert intensity.fields().items() >= {"low_percentile": 5.0, "high_percentile": 95.0, "low": -1.0}.items()
     values = np.linspace(0, 200, 201, dtype=np.float32)
     assert intensity.scale(values)[[10, 100, 190]].tolist() == pytest.approx([-1, 0, 1])
+    values[200] = 1900
+    assert float(intensity.scale(values)[200]) == pytest.approx(20)  # nothing is cut off
+    card = new_card(paper(method), "paper", "paper")
+    assert (card.intensity.clip, card.to_json()["intensity"]["clip"]) == (0, 0)
 
 
 def test_the_objectives_have_the_papers_weights() -> None:

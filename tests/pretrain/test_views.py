@@ -79,6 +79,13 @@ def test_beyond_the_border_lies_background(pose: np.ndarray, seed: int, spread: 
     np.testing.assert_allclose(cut(made, view_affine(centre, pose, 10), 10), expected, atol=1e-4)
 
 
+def test_a_value_too_large_for_half_precision_is_no_infinity() -> None:
+    values = np.full((4, 4, 4), 1.0, np.float32)
+    values[1, 1, 1], values[2, 2, 2] = 1e9, -1e9
+    kept = Window.of(values, -1.0).values
+    assert (float(kept[1, 1, 1]), float(kept[2, 2, 2]), float(kept[0, 0, 0])) == (65504, -65504, 1)
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 999), axes=st.permutations(range(3)), signs=st.tuples(*[st.sampled_from([-1, 1])] * 3))
 def test_a_view_without_oblique_lines_is_interpolated_as_anywhere(

@@ -115,6 +115,22 @@ def test_percentiles_go_to_their_places_and_beyond_is_cut_off():
     assert values.min() == 100
 
 
+def test_without_a_clip_values_beyond_the_percentiles_go_on_as_monais_do():
+    """Held against MONAI's own transform, which the paper names; heavy tails on both sides."""
+    from monai.transforms import ScaleIntensityRangePercentiles
+
+    values = np.random.default_rng(3).standard_t(2, (20, 21, 22)).astype(np.float32) * 300 + 80
+    judged = ScaleIntensityRangePercentiles(lower=5, upper=95, b_min=-1, b_max=1)(values)
+    scaled = Intensity(clip=0).scale(values)
+    np.testing.assert_allclose(scaled, np.asarray(judged), rtol=1e-5, atol=1e-5)
+    assert scaled.min() < -3
+    assert scaled.max() > 3
+    volume = prepare(values, np.eye(4), None, Intensity(clip=0))
+    np.testing.assert_array_equal(volume.values, scaled)
+    np.testing.assert_array_equal(Intensity().scale(values), np.clip(scaled, -1.5, 1.5))
+    assert np.array_equal(volume.foreground, prepare(values, np.eye(4), None, Intensity()).foreground)
+
+
 @given(gain=st.floats(0.01, 100), shift=st.floats(-1000, 1000))
 def test_scaling_forgets_gain_and_shift(gain, shift):
     values = np.random.default_rng(0).uniform(0, 100, (6, 6, 6)).astype(np.float32)
@@ -139,6 +155,10 @@ def test_sparse_content_falls_back_on_the_extremes():
         {"high_percentile": 101.0},
         {"low": 1.0},
         {"clip": 0.5},
+        {"clip": -1.5},
+        {"clip": np.inf},
+        {"clip": np.nan},
+        {"clip": 0.0, "low": 1.0},
         {"low": -2.0},
         {"window_low": 0.0},
         {"window_low": 5.0, "window_high": 5.0},
