@@ -76,9 +76,11 @@ class PretrainConfig:
     are measured in units of `unit_mm` (voxels, where it equals `spacing_mm`), over `pairs` within scans or `all` of the
     batch, squared, or by a Huber loss that is linear beyond `huber` units. `redundancy_weight` is what `barlowtwins`
     gives to all that is not on the diagonal; `regisimed` adds `barlowtwins_weight` times that loss to the distances'.
-    `coordinate` compares offsets within scans or, with `pairs = "all"`, coordinates in the common frame. That frame is
-    each scan's foreground centroid, until after `charts_after` epochs every scan gets a chart: an affine into a frame
-    of the cohort, fitted to what the position head says. From then on all millimetres, within scans too, are canonical.
+    `coordinate` compares offsets within scans or, with `pairs = "all"`, coordinates in the common frame.
+    `registered_to` names the reference whose frame that is, by the id that `isimed register` gave it; all millimetres,
+    within scans too, are then the reference's, by the scans' transforms of `registered_kind`. Without one, the frame is
+    each scan's foreground centroid. After `charts_after` epochs every scan gets a chart: an affine into a frame of the
+    cohort, fitted to what the position head says. From then on all millimetres, within scans too, are canonical.
 
     Crops are centred on voxels of the foreground, `near_crops` of them (after the first of a scan) within 40 mm of
     another, and `border_probability` of them up to half a patch away from it. `places = "box"` draws cubes that lie
@@ -108,6 +110,8 @@ class PretrainConfig:
     steps_per_epoch: int = 0  # 0: as many as show every scan once
 
     pairs: Literal["within", "all"] = "within"
+    registered_to: str = ""  # a reference's id, for pairs across scans; empty: foreground centroids lie on each other
+    registered_kind: Literal["rigid", "affine"] = "rigid"
     unit_mm: float = 100.0
     near_mm: float = 20.0  # 0: every pair counts the same, as in the paper
     distance_weight: float = 1.0
@@ -159,6 +163,10 @@ class PretrainConfig:
             raise ConfigError("at least one objective needs a weight above 0")
         if not -math.inf < self.window_low <= self.window_high < math.inf:
             raise ConfigError(f"expected window_low ≤ window_high, found {self.window_low} and {self.window_high}")
+        if self.registered_to and self.pairs != "all":
+            raise ConfigError(f'registered_to is for pairs "all", across scans, found pairs "{self.pairs}"')
+        if self.registered_kind != "rigid" and not self.registered_to:
+            raise ConfigError("registered_kind chooses among transforms to a reference, and registered_to is empty")
         if not (self.clip == 0 or 1 <= self.clip < math.inf):
             raise ConfigError(f"expected clip 0 (none) or 1 or more, found {self.clip}")
         if self.views_per_crop not in (1, 2):
@@ -235,7 +243,7 @@ def naming_fields(config: PretrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if _BEFORE.get(name, ...) != value}
 
 
-_BEFORE = {"clip": 1.5}  # what was done before there was such a field
+_BEFORE = {"clip": 1.5, "registered_to": "", "registered_kind": "rigid"}  # what was done before there was such a field
 
 
 def pretrain_config(

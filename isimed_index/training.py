@@ -31,10 +31,12 @@ from isimed_index.pretrain.trainer import Trained, intensity_of, train
 from isimed_index.progress import Progress
 from isimed_index.scans.chunks import StoredScan, open_chunks
 from isimed_index.scans.prepare import Intensity
+from isimed_index.space import Affine
 from isimed_index.store.place import locks
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal
+from isimed_index.store.transforms import transforms_to
 
 _LOCK = "run.lock"
 _RUN = "run.json"  # beside an encoder's card: which training it is the result of
@@ -61,14 +63,18 @@ class Training:
 def pretrain(repository: Repository, scans: Sequence[str], training: Training, progress: Progress) -> EncoderCard:
     """Train on `scans` and store the encoder; `training.resume` goes on from the last checkpoint of the same training.
 
-    Configuration, voxels and subjects name a training: the same again finds its checkpoints, and is refused while the
-    first one runs (`StoreLocked`). Of torchrun's processes the first one speaks and writes, and all return the card.
-    What is resumed and finished already is not done again. An encoder that is stored already keeps its name.
+    Configuration, voxels, subjects and, where a reference is named, the transforms to it name a training: the same
+    again finds its checkpoints, and is refused while the first one runs (`StoreLocked`). Of torchrun's processes the
+    first one speaks and writes, and all return the card. What is resumed and finished already is not done again. An
+    encoder that is stored already keeps its name.
     """
     with joined(training.device) as processes, repository.pin() as head:
         config = training.config
         rows = [head.scan_row(scan) for scan in sorted(scans)]
+        frames = _frames(head, sorted(scans), config)
         shown = [[row["digest"], row["subject"]] for row in rows]
+        if frames is not None:
+            shown = [[*of_scan, frame.tolist()] for of_scan, frame in zip(shown, frames, strict=True)]
         run = repository.path / "tmp" / run_name(config, shown)
         if processes.from_first(run.name) != run.name:
             raise UsageError(
@@ -87,6 +93,7 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
                 [_source(head, row, config.spacing_mm, intensity) for row in rows],
                 run,
                 subjects=[row["subject"] for row in rows],
+                frames=frames,
                 name=training.name or f"{config.method}-{training.preset}",
                 preset=training.preset,
                 device=training.device,
@@ -183,6 +190,13 @@ def _commit(repository: Repository, trained: Trained, run: str) -> EncoderCard:
 
         transaction.commit(propose)
     return replace(card, name=known[-1]) if known else card
+
+
+def _frames(head: Snapshot, scans: Sequence[str], config: PretrainConfig) -> list[Affine] | None:
+    """The scans' transforms to the reference that the configuration names; None where it names none."""
+    if not config.registered_to:
+        return None
+    return transforms_to(head, scans, config.registered_to, config.registered_kind)
 
 
 def _source(snapshot: Snapshot, row: Mapping[str, Any], spacing_mm: float, intensity: Intensity) -> StoredSource:

@@ -68,9 +68,9 @@ def test_a_preset_differs_from_the_defaults_where_it_says_so(
 
 def test_fields_that_came_later_name_a_training_only_where_they_change_it() -> None:
     names = {field.name for field in fields(PretrainConfig)}
-    assert naming_fields(PretrainConfig()).keys() == names - {"clip"}
-    assert naming_fields(PretrainConfig(clip=0.0)).keys() == names
-    assert naming_fields(PretrainConfig(clip=0.0)) == asdict(PretrainConfig(clip=0.0))
+    assert naming_fields(PretrainConfig()).keys() == names - {"clip", "registered_to", "registered_kind"}
+    other = PretrainConfig(clip=0.0, pairs="all", registered_to="atlas", registered_kind="affine")
+    assert naming_fields(other) == asdict(other)
 
 
 def test_flags_override_the_file_and_the_file_the_preset(tmp_path: Path) -> None:

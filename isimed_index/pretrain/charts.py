@@ -35,8 +35,8 @@ MOST_OF_ALL = 0.8  # the same of what the head says of all scans together, or it
 class Charts:
     """Charts of the training scans, (scans, 4, 4), and what the next ones are fitted from; 576 bytes a scan.
 
-    Charts map the millimetres of a batch (patient RAS+ mm, with `pairs = "all"` from the scan's foreground centroid) to
-    canonical mm. Their mean is the identity, which is also the chart of a scan without one.
+    Charts map the millimetres of a batch (patient RAS+ mm; with `pairs = "all"` from the scan's foreground centroid, or
+    those of a reference) to canonical mm. Their mean is the identity, which is also the chart of a scan without one.
     """
 
     def __init__(self, config: PretrainConfig, scans: int) -> None:

@@ -49,6 +49,7 @@ class TrainingScan:
 
     shape: tuple[int, int, int]
     affine: Affine  # working voxel → RAS+ mm
+    to_common: Affine | None  # RAS+ mm → mm of the reference that the cohort is registered to, if it is to one
     background: float
     ends: tuple[float, float] | None
     foreground_vox: NDArray[np.int16]  # (n, 3) voxels of the foreground: all, or some drawn evenly
@@ -68,12 +69,14 @@ class TrainingScan:
 
 
 class Cohort:
-    """The training scans; safe to use from several threads."""
+    """The training scans; safe to use from several threads. `frames` are their transforms to a reference, (4, 4)."""
 
-    def __init__(self, sources: Sequence[Source], budget_bytes: int) -> None:
+    def __init__(self, sources: Sequence[Source], budget_bytes: int, frames: Sequence[Affine] | None = None) -> None:
         if not sources:
             raise UsageError("there is no scan to train on", next_step="isimed add PATH, or widen --where")
+        assert frames is None or len(frames) == len(sources)
         self._sources = sources
+        self._frames = frames
         self._left = budget_bytes
         self._to_keep: set[int] = set()
         for number, source in enumerate(sources):
@@ -92,7 +95,8 @@ class Cohort:
         with self._locks[number]:  # another thread that wants this scan waits for it instead of reading it too
             if number not in self._known:
                 volume = self._sources[number]()
-                scan = _inspected(volume, self._sources[number], self._keeps(number, volume))
+                frame = None if self._frames is None else self._frames[number]
+                scan = _inspected(volume, self._sources[number], self._keeps(number, volume), frame)
                 self._known[number] = scan if scan.kept else replace(scan, whole=None)
                 return scan
             return self._known[number]
@@ -108,7 +112,7 @@ class Cohort:
             return keep
 
 
-def _inspected(volume: Volume, source: Source, kept: bool) -> TrainingScan:
+def _inspected(volume: Volume, source: Source, kept: bool, to_common: Affine | None) -> TrainingScan:
     foreground = volume.foreground if volume.foreground.any() else np.ones_like(volume.foreground)  # no contrast
     inside = np.flatnonzero(foreground)
     if len(inside) > _PLACES:
@@ -119,6 +123,7 @@ def _inspected(volume: Volume, source: Source, kept: bool) -> TrainingScan:
     return TrainingScan(
         shape=(x, y, z),
         affine=volume.affine,
+        to_common=to_common,
         background=volume.background,
         ends=volume.ends,
         foreground_vox=np.stack(np.unravel_index(inside, foreground.shape), -1).astype(np.int16),

@@ -35,9 +35,9 @@ _MOST_THREADS = 8
 class Batch:
     """Views of one step: images (v, 1, s, s, s), view voxel → mm (v, 4, 4), and the scan and the crop of each view.
 
-    Views of one crop stand next to each other. The millimetres are the patient's own, or, for pairs across scans,
-    measured from each scan's foreground centroid. Scans and crops are numbered in the whole batch, of which a process
-    may hold a share.
+    Views of one crop stand next to each other. The millimetres are the patient's own, or, for pairs across scans, those
+    of the reference that all are registered to, or measured from each scan's foreground centroid. Scans and crops are
+    numbered in the whole batch, of which a process may hold a share.
     """
 
     images: torch.Tensor
@@ -90,10 +90,19 @@ def _views(
     for window, to_volume in zip(windows, placed, strict=True):
         view = recolour(cut(window, to_volume, side), rng, a)
         images.append(disturbed(view, rng, a, scan.background))
+    to_mm = _to_mm(scan, config)
+    return images, [to_mm @ to_volume for to_volume in placed]
+
+
+def _to_mm(scan: TrainingScan, config: PretrainConfig) -> Affine:
+    """Working voxel → the millimetres that distances are measured in."""
+    if config.registered_to:
+        assert scan.to_common is not None  # or distances across scans would mean nothing
+        return scan.to_common @ scan.affine
     to_mm = scan.affine.copy()
     if config.pairs == "all":
         to_mm[:3, 3] -= apply_affine(scan.affine, scan.centroid_vox)
-    return images, [to_mm @ to_volume for to_volume in placed]
+    return to_mm
 
 
 def _centres(scan: TrainingScan, config: PretrainConfig, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -36,6 +36,7 @@ from isimed_index.pretrain.stopping import asked_to_stop
 from isimed_index.pretrain.validation import Validation, split
 from isimed_index.progress import Progress, Silent
 from isimed_index.scans.prepare import Intensity
+from isimed_index.space import Affine
 
 _NETWORKS: dict[str, type[Network]] = {"stem": StemNet, "valid": ValidNet, "densenet121": PatchDenseNet121}
 _STRIDE_VOX = 4  # of the lattice of a network that takes single patches, wherever they lie
@@ -85,6 +86,7 @@ def train(
     directory: Path,
     *,
     subjects: Sequence[str] | None = None,
+    frames: Sequence[Affine] | None = None,
     name: str = "encoder",
     preset: str = "default",
     device: str = "auto",
@@ -96,14 +98,16 @@ def train(
     """Train an encoder on the scans behind `sources`; checkpoints and metrics go to `directory`.
 
     The result depends on the configuration, the order of the sources and the machine's arithmetic alone. `subjects`
-    says whose scan each source is; validation needs it. `resume` goes on from the last checkpoint in `directory` and
-    ends as an uninterrupted run does. Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt.
+    says whose scan each source is; validation needs it. `frames` are the scans' transforms (4, 4) to the reference
+    `registered_to`, patient RAS+ mm → its RAS+ mm, and are given where the configuration names one. `resume` goes on
+    from the last checkpoint in `directory` and ends as an uninterrupted run does. Ctrl-C and SIGTERM end the step,
+    write a checkpoint and raise KeyboardInterrupt.
     """
     on = choose_device(device)
     if on.type == "cuda" and processes.world > 1:
         on = torch.device("cuda", processes.local)
     card = new_card(config, name, preset)
-    cohort, held_out = _cohorts(config, sources, subjects, processes)
+    cohort, held_out = _cohorts(config, sources, subjects, frames, processes)
     if processes.first:
         _warn_of_warm_up(config, config.epochs * epoch_steps(config, len(cohort)))
     with ExitStack() as stack:
@@ -136,7 +140,11 @@ def train(
 
 
 def _cohorts(
-    config: PretrainConfig, sources: Sequence[Source], subjects: Sequence[str] | None, processes: Processes
+    config: PretrainConfig,
+    sources: Sequence[Source],
+    subjects: Sequence[str] | None,
+    frames: Sequence[Affine] | None,
+    processes: Processes,
 ) -> tuple[Cohort, Cohort | None]:
     """The scans to train on, and those held out; the memory for them is shared by their numbers."""
     if config.batch_scans % processes.world:
@@ -144,16 +152,20 @@ def _cohorts(
             f"expected batch_scans as a multiple of the {processes.world} processes, found {config.batch_scans}",
             next_step=f"--batch-scans {processes.world * -(-config.batch_scans // processes.world)}",
         )
+    if len(frames or ()) != (len(sources) if config.registered_to else 0):
+        raise UsageError("expected a transform of every scan where registered_to names a reference, and else none")
     budget = config.cache_gib * 2**30
     if not config.validation_share:
-        return Cohort(sources, int(budget)), None
+        return Cohort(sources, int(budget), frames), None
     if subjects is None or len(subjects) != len(sources):
         raise UsageError("expected the subject of every scan, for validation_share holds out subjects")
     chosen, held = split(subjects, config.validation_share, config.seed)
-    return (
-        Cohort([sources[row] for row in chosen], int(budget * len(chosen) / len(sources))),
-        Cohort([sources[row] for row in held], int(budget * len(held) / len(sources))),
-    )
+
+    def part(rows: Sequence[int]) -> Cohort:
+        theirs = None if frames is None else [frames[row] for row in rows]
+        return Cohort([sources[row] for row in rows], int(budget * len(rows) / len(sources)), theirs)
+
+    return part(chosen), part(held)
 
 
 def _warn_of_warm_up(config: PretrainConfig, steps: int) -> None:

@@ -35,17 +35,7 @@ from isimed_index.register.reference import (
     read_reference,
     write_reference,
 )
-from isimed_index.register.rows import (
-    TABLE,
-    Registered,
-    affine_of,
-    cells_of,
-    centre_of_row,
-    moved,
-    replacing,
-    row_of,
-    rows_to,
-)
+from isimed_index.register.rows import Registered, centre_of_row, moved, replacing, row_of
 from isimed_index.scans.chunks import open_chunks
 from isimed_index.scans.read import read_scan
 from isimed_index.space import Affine, apply_affine
@@ -53,6 +43,7 @@ from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
+from isimed_index.store.transforms import TABLE, affine_of, cells_of, rows_to
 
 COMMIT_SCANS = 16  # registered in one commit: what a kill can cost
 _Out = TypeVar("_Out")

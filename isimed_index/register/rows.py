@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,10 @@ from isimed_index.space import Affine
 from isimed_index.store.manifest import utc_now
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal
+from isimed_index.store.transforms import TABLE, affine_of, cells_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-TABLE: Literal["transforms"] = "transforms"
-_CELLS = tuple(f"a{row}{column}" for row in range(3) for column in range(4))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,27 +50,9 @@ def row_of(done: Registered, reference: str, kind: Kind, settings: str) -> dict[
     }
 
 
-def cells_of(affine: Affine) -> dict[str, float]:
-    """The columns a00 … a23 of an affine."""
-    return dict(zip(_CELLS, map(float, affine[:3].ravel()), strict=True))
-
-
-def affine_of(row: Mapping[str, Any]) -> Affine:
-    """The affine (4, 4) of a row: patient RAS+ mm → common RAS+ mm."""
-    affine = np.eye(4)
-    affine[:3] = np.array([row[cell] for cell in _CELLS], dtype=np.float64).reshape(3, 4)
-    return affine
-
-
 def centre_of_row(row: Mapping[str, Any]) -> NDArray[np.float64]:
     """The centre (3,) of what is not air in the scan of a row, patient RAS+ mm."""
     return np.array([row["x_mm"], row["y_mm"], row["z_mm"]])
-
-
-def rows_to(head: Snapshot, reference: str, kind: Kind) -> dict[str, dict[str, Any]]:
-    """By scan id, the rows of one reference and kind."""
-    rows = head.table(TABLE).to_pylist()
-    return {row["scan"]: row for row in rows if (row["reference"], row["kind"]) == (reference, kind)}
 
 
 def transform_of(head: Snapshot, scan: str, reference: str | None, kind: str | None) -> Affine:
