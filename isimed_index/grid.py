@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.errors import UsageError
@@ -190,15 +191,25 @@ class PatchGrid:
 
 
 def extract_patches(volume: NDArray[Any], starts_vox: ArrayLike, patch: int, fill: float) -> NDArray[np.float32]:
-    """Cubic patches (n, patch, patch, patch) from any start voxels (n, 3), `fill` outside of `volume` (x, y, z)."""
+    """Cubic patches (n, patch, patch, patch) from any start voxels (n, 3), `fill` outside of `volume` (x, y, z).
+
+    They are windows of the volume; where one sticks out, of a padded copy of the box that holds all of them.
+    """
     starts = np.asarray(starts_vox, dtype=np.int64).reshape(-1, 3)
-    patches = np.empty((len(starts), patch, patch, patch), dtype=np.float32)
-    for out, (x, y, z) in zip(patches, starts.tolist(), strict=True):
-        source, target = Box((x, y, z), (x + patch, y + patch, z + patch)).slices(volume.shape)
-        if out[target].shape != out.shape:
-            out[:] = fill
-        out[target] = volume[source]
-    return patches
+    if not len(starts):
+        return np.empty((0, patch, patch, patch), np.float32)
+    starts = np.clip(starts, -patch, volume.shape)  # farther out there is no more to see
+    low, high = starts.min(axis=0), starts.max(axis=0) + patch
+    if (low < 0).any() or (high > volume.shape).any():
+        x, y, z = low.tolist()
+        i, j, k = high.tolist()
+        box = Box((x, y, z), (i, j, k))
+        source, target = box.slices(volume.shape)
+        padded = np.full(box.shape, fill, np.float32)
+        padded[target] = volume[source]
+        volume, starts = padded, starts - low
+    windows = sliding_window_view(volume, (patch, patch, patch))  # (x, y, z, patch, patch, patch), no copy
+    return np.asarray(windows[tuple(starts.T)], np.float32)
 
 
 def _overlap(start: int, stop: int, n: int) -> tuple[slice, slice]:

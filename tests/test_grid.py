@@ -109,6 +109,15 @@ def test_patches_may_start_anywhere_even_outside():
     assert (patches[2].ravel()[1:] == 9).all()
 
 
+def test_patches_far_outside_take_no_memory():
+    volume = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
+    patches = extract_patches(volume, [[10**9, 0, 0], [0, -(10**9), 10**9], [0, 0, 0], [1, -2, 2]], patch=3, fill=9)
+    assert (patches[:2] == 9).all()
+    np.testing.assert_array_equal(patches[2], volume)
+    np.testing.assert_array_equal(patches[3, :2, 2:, :1], volume[1:, :1, 2:])
+    assert len(extract_patches(volume, np.empty((0, 3)), patch=3, fill=9)) == 0
+
+
 def test_a_box_tells_where_it_meets_an_array():
     source, target = Box((-2, 1, 4), (2, 3, 9)).slices((3, 3, 5))
     assert source == (slice(0, 2), slice(1, 3), slice(4, 5))
