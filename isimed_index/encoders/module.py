@@ -13,6 +13,7 @@ from torch import nn
 
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.networks import Network, build_network
+from isimed_index.encoders.runtimes.exact import exact_float32
 from isimed_index.encoders.trust import said_by, trusted_factory
 from isimed_index.encoders.weights import check_fit, forms_of, read_forms, read_weights
 from isimed_index.errors import EncoderMismatch
@@ -62,7 +63,7 @@ class ForeignModule:
 
     def run(self, patches: NDArray[np.float32]) -> Mapping[str, NDArray[Any]]:
         """Patches (n, 1, p, p, p) → {output: array}; `EncoderMismatch` when the module fails."""
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32(self._device):
             try:
                 given = self._module(torch.from_numpy(patches).to(self._device))
             except (MemoryError, torch.OutOfMemoryError):

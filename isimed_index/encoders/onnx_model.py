@@ -129,14 +129,15 @@ def _check_input(session: Any, card: EncoderCard, whose: str) -> None:
     )
 
 
-def _providers(runtime: ModuleType, device: str) -> list[str]:
+def _providers(runtime: ModuleType, device: str) -> list[tuple[str, dict[str, str]]]:
     there = runtime.get_available_providers()
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"expected device auto, cpu or cuda, found {device!r}", next_step="for a GPU, --device cuda")
     if device == "cuda" and "CUDAExecutionProvider" not in there:
         raise UsageError("this onnxruntime has no CUDA", next_step="use --device cpu, or install onnxruntime-gpu")
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device != "cpu" else ["CPUExecutionProvider"]
-    return [name for name in wanted if name in there]
+    exact: list[tuple[str, dict[str, str]]] = [("CUDAExecutionProvider", {"use_tf32": "0"})]  # it would round float32
+    wanted = [*(exact if device != "cpu" else []), ("CPUExecutionProvider", {})]
+    return [(name, options) for name, options in wanted if name in there]
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:

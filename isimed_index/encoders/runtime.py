@@ -7,9 +7,10 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from isimed_index.encoders.networks import Network
 from isimed_index.encoders.onnx_model import FACTORY as ONNX
 from isimed_index.encoders.onnx_model import open_onnx
 from isimed_index.encoders.passes import passes_hold
-from isimed_index.encoders.protocol import BATCH, Encoder, Vectors, encode_patches
+from isimed_index.encoders.protocol import BATCH, Encoder, Vectors
+from isimed_index.encoders.runtimes.ahead import in_a_row
 from isimed_index.encoders.runtimes.by_onnxruntime import onnx_run
 from isimed_index.encoders.runtimes.by_openvino import openvino_run
 from isimed_index.encoders.runtimes.by_torch import TorchRun, quick
@@ -34,6 +36,9 @@ from isimed_index.encoders.trust import is_ours
 from isimed_index.errors import EncoderMismatch, IsimedWarning, UsageError
 from isimed_index.grid import Box, PatchGrid
 from isimed_index.scans.prepare import Volume
+
+# Which rows of the result a pass fills, where in its maps (n, i, j, k) these stand, and its values (n, 1, x, y, z).
+_Pass = tuple[tuple[NDArray[np.int64], tuple[Any, Any, Any, Any]], NDArray[np.float32]]
 
 TILE = 24  # vectors along the edge of what one pass gives at most
 
@@ -101,8 +106,24 @@ class NetworkEncoder:
             raise EncoderMismatch(f"expected a grid of patches of {self.card.patch_vox} voxels, found {grid.patch}")
         own = self._own_stride
         if own is None or not self.shares_work(grid.stride):
-            return encode_patches(self, volume, grid, numbers)
+            passes = self._batches(volume, grid, numbers)
+        else:
+            passes = self._tiles(volume, grid, numbers, own)
         result = {name: np.empty((len(numbers), dim), np.float32) for name, dim in self.card.outputs.items()}
+        for (rows, (n, i, j, k)), maps in in_a_row(self._run, passes):
+            for name, found in maps.items():
+                result[name][rows] = found[n, :, i, j, k]  # (rows, d)
+        return result
+
+    def _batches(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64]) -> Iterator[_Pass]:
+        """Patches one by one, a batch at a time."""
+        for start in range(0, len(numbers), BATCH):
+            patches = grid.extract(volume.values, numbers[start : start + BATCH], volume.background)
+            n = np.arange(len(patches))
+            yield (start + n, (n, 0, 0, 0)), patches[:, None]
+
+    def _tiles(self, volume: Volume, grid: PatchGrid, numbers: NDArray[np.int64], own: int) -> Iterator[_Pass]:
+        """The boxes of the lattice's tiles, each no larger than the patches in it that are asked for."""
         ijk = grid.ijk(numbers)
         phases, tile_points = _tiling(own, grid.stride)
         for phase in itertools.product(range(phases), repeat=3):
@@ -111,23 +132,19 @@ class NetworkEncoder:
             for tile in np.unique(tiles, axis=0):
                 here = rows[(tiles == tile).all(axis=1)]
                 starts = np.array(grid.first_start) + ijk[here] * grid.stride
-                self._encode_tile(volume, starts, own, here, result)
-        return result
+                low = starts.min(axis=0)
+                i, j, k = ((starts - low) // own).T
+                yield (here, (0, i, j, k)), self._block(volume, low, starts.max(axis=0))[None, None]
 
-    def _encode_tile(
-        self, volume: Volume, starts: NDArray[np.int64], own: int, rows: NDArray[np.int64], result: Vectors
-    ) -> None:
-        """One pass over the box that holds the patches from `starts` (n, 3) on; fills `rows` (n,) of `result`."""
-        low = starts.min(axis=0)
-        x, y, z = low.tolist()
-        i, j, k = (starts.max(axis=0) + self.card.patch_vox).tolist()
+    def _block(self, volume: Volume, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The box (x, y, z) from the patch that starts at `first` to the one that starts at `last`."""
+        x, y, z = first.tolist()
+        i, j, k = (last + self.card.patch_vox).tolist()
         box = Box((x, y, z), (i, j, k))
         source, target = box.slices(volume.values.shape)
         block = np.full(box.shape, volume.background, np.float32)
         block[target] = volume.values[source]
-        at = tuple(((starts - low) // own).T)
-        for name, found in self._run(block[None, None]).items():
-            result[name][rows] = found[0][(slice(None), *at)].T
+        return block
 
 
 class TorchEncoder(NetworkEncoder):
@@ -230,14 +247,13 @@ def refuse_other(card: EncoderCard, runtime: Runtime) -> None:
 
 
 def _our_encoder(card: EncoderCard, file: Path, device: str, runtime: Runtime) -> Encoder:
-    """A network of ours in a runtime; all but PyTorch in float32 are checked against it on their first batch."""
+    """A network of ours in a runtime; each but PyTorch in float32 on a CPU is compared with that on its first batch."""
     on = choose_device("cpu" if device == "auto" and runtime.name in ("openvino", "onnx") else device)
     network = our_network(card, file)
     stride, threads = _own_stride(card, network), torch.get_num_threads()
     if runtime.name in (AUTO, "torch"):
-        fast = quick(network) if on.type == "cpu" else network
-        run: Run = TorchRun(fast, on, runtime.precision)
-        if runtime.precision == "fp32":
+        run: Run = TorchRun(quick(network), on, runtime.precision)
+        if runtime.precision == "fp32" and on.type == "cpu":
             return NetworkEncoder(card, run, stride)
     elif on.type != "cpu":
         raise UsageError(
@@ -250,8 +266,9 @@ def _our_encoder(card: EncoderCard, file: Path, device: str, runtime: Runtime) -
     else:
         need_packages(runtime.name)
         run = onnx_run(graph_of(card, network), list(card.outputs), threads)
-    # On a GPU `network` is what `run` holds; PyTorch's autocast leaves its weights in float32.
-    return NetworkEncoder(card, Checked(run, TorchRun(network, on), runtime, f"encoder {card.name!r}"), stride)
+    # By the network as it is, on the CPU, where nothing rounds float32 unasked.
+    reference = TorchRun(network, torch.device("cpu"))
+    return NetworkEncoder(card, Checked(run, reference, runtime, f"encoder {card.name!r}"), stride)
 
 
 def _files(card: EncoderCard) -> str:

@@ -337,6 +337,13 @@ def test_a_runtime_beyond_the_bound_is_refused_for_every_batch(by: float, found:
     assert (refused.value.kind, refused.value.exit_code) == ("encoder_mismatch", 13)
 
 
+def test_where_pytorch_itself_is_refused_it_is_the_device() -> None:
+    checked = Checked(lambda values: {"a": values + 1}, lambda values: {"a": values}, Runtime("torch"), "e")
+    with pytest.raises(RuntimeMismatch, match="that PyTorch gives on a CPU") as refused:
+        checked(ONES)
+    assert refused.value.next_step == "--device cpu"
+
+
 def test_what_is_refused_in_bfloat16_may_be_right_in_float32() -> None:
     checked = Checked(lambda values: {"a": values + 1}, lambda values: {"a": values}, Runtime("torch", "bf16"), "e")
     with pytest.raises(RuntimeMismatch, match="at most 1e-02") as refused:

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from isimed_index.encoders.runtimes.exact import exact_float32
 from isimed_index.encoders.runtimes.kind import Maps
+from isimed_index.encoders.runtimes.transfer import Transfers
 
 
 class TorchRun:
-    """A network as a `Run`: as it is, or with bfloat16 wherever PyTorch's autocast uses it (heads stay in float32)."""
+    """A network as a `Run`: as it is, or with bfloat16 wherever PyTorch's autocast uses it (heads stay in float32).
+
+    On a GPU float32 is float32: TF32 is off while a pass is begun.
+    """
 
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "fp32") -> None:
         self._network = network.eval().to(device)
         self._device = device
         self._halved = precision == "bf16"
+        self._transfers = Transfers(device)
 
     def __call__(self, values: NDArray[np.float32]) -> Maps:
         """Maps {output: (n, d, i, j, k)} of `values` (n, 1, x, y, z)."""
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._halved):
-            outputs = self._network(torch.from_numpy(np.ascontiguousarray(values)).to(self._device))
-            return {name: y.float().cpu().numpy() for name, y in outputs.items()}
+        return self.begin(values)()
+
+    def begin(self, values: NDArray[np.float32]) -> Callable[[], Maps]:
+        """Begin the pass over `values`; what is returned waits for the maps. On a CPU they are there at once."""
+        with torch.inference_mode():
+            return self._transfers.take(self.compute(self._transfers.give(values)))
+
+    def resident(self, values: NDArray[np.float32]) -> torch.Tensor:
+        """`values` where the network is."""
+        return self._transfers.give(values)
+
+    def compute(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The bare pass, from the device to the device, which may still be at it when this returns."""
+        halved = torch.autocast(self._device.type, torch.bfloat16, enabled=self._halved)
+        with torch.inference_mode(), exact_float32(self._device), halved:
+            outputs: dict[str, torch.Tensor] = self._network(given)
+            return outputs
 
 
 def quick(network: nn.Module) -> nn.Module:
-    """A copy for a CPU: batch norms folded into the convolutions before them, channels innermost in memory."""
+    """A copy: batch norms folded into the convolutions before them, channels innermost in memory."""
     fast = copy.deepcopy(network).eval()
     for module in list(fast.modules()):
         if isinstance(module, nn.Sequential):
