@@ -216,11 +216,19 @@ def job_of(head: Snapshot, wanted: Wanted, patches: int, options: IndexOptions) 
     """The encoding of so many patches at most, and what is known of it: what encoded this encoder's last scans."""
     from isimed_index.encoders.runtimes.trial import Job
 
-    last = max(head.segments(wanted.card.id), key=lambda segment: segment.first_row_id, default=None)
-    ran = {} if last is None else last.artefact.fields.get("runtime", {})
-    before = ran.get("name") if ran.get("precision") == options.runtime.precision else None
-    directory = str(wanted.directory)
-    return Job(directory, options.device, options.trust, options.runtime, patches, wanted.stride_vox, before)
+    ran = [
+        segment.artefact.fields.get("runtime", {})
+        for segment in sorted(head.segments(wanted.card.id), key=lambda segment: segment.first_row_id)
+    ]
+    before = ran[-1].get("name") if ran and ran[-1].get("precision") == options.runtime.precision else None
+    chosen = [
+        one["auto"]
+        for one in ran
+        if one.get("name") == before and one.get("precision") == options.runtime.precision and "auto" in one
+    ]
+    settled = any(auto["trial"] or patches <= auto["patches"] for auto in chosen)
+    directory, asked = str(wanted.directory), options.runtime
+    return Job(directory, options.device, options.trust, asked, patches, wanted.stride_vox, before, settled)
 
 
 def choose_runtime(job: Job, where: Workers, progress: Progress) -> Choice:

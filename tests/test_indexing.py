@@ -15,7 +15,7 @@ from isimed_index import indexing, planning
 from isimed_index.api import Store
 from isimed_index.encode import cluster
 from isimed_index.encoders.runtimes import trial
-from isimed_index.encoders.runtimes.kind import Runtime
+from isimed_index.encoders.runtimes.kind import Auto, Runtime
 from isimed_index.encoders.runtimes.trial import Choice, Job
 from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
 from isimed_index.frame import read_frame
@@ -504,6 +504,41 @@ def test_a_long_job_has_one_trial_and_says_what_it_found(fresh: Store, monkeypat
     (job,) = asked
     assert report.patches <= job.patches <= 3 * report.patches  # it counts air as well
     assert (job.before, job.asked, job.stride_vox) == (None, Runtime(), 4)
+
+
+def test_an_interrupted_job_goes_on_as_it_began(fresh: Store, monkeypatch: pytest.MonkeyPatch):
+    """Whatever a second trial would say, and however PyTorch came to be chosen; a longer job is tried anew."""
+    jobs: list[Job] = []
+
+    def chosen(job: Job) -> Choice:
+        jobs.append(job)
+        return Choice(Runtime("torch", auto=Auto(job.patches, trial=False)))
+
+    monkeypatch.setattr(cluster, "_choose", chosen)
+    fresh.index(where=TWO)
+    fresh.index(where="scan = 'sub-04_T1w'")  # no longer than two were
+    fresh.compact()
+    fresh.index(where="scan = 'sub-05_T1w'")
+    assert [(job.before, job.settled) for job in jobs] == [(None, False), ("torch", True), ("torch", True)]
+    assert fresh.snapshot.segments()[0].artefact.fields["runtime"]["auto"]["patches"] == jobs[0].patches
+    now, options = fresh.snapshot, planning.IndexOptions(encoder=fresh.encoders().column("encoder")[0].as_py())
+    wanted = planning.what_is_wanted(now, [], options)
+    longer = planning.job_of(now, wanted, jobs[0].patches + 1, options)
+    assert (longer.before, longer.settled) == ("torch", False)
+
+
+def test_what_a_trial_chose_is_gone_on_with_however_long_the_job(fresh: Store, monkeypatch: pytest.MonkeyPatch):
+    jobs: list[Job] = []
+
+    def chosen(job: Job) -> Choice:
+        jobs.append(job)
+        return Choice(Runtime("torch", auto=Auto(job.patches, trial=len(jobs) == 1)))
+
+    monkeypatch.setattr(cluster, "_choose", chosen)
+    fresh.index(where=ONE)
+    fresh.index(where=TWO + " OR scan = 'sub-04_T1w'")
+    assert [(job.before, job.settled) for job in jobs] == [(None, False), ("torch", True)]
+    assert jobs[1].patches > jobs[0].patches
 
 
 def test_a_runtime_that_does_not_exist_is_refused_before_anything(fresh: Store):

@@ -20,7 +20,7 @@ from isimed_index.encoders.protocol import Encoder
 from isimed_index.encoders.runtime import load_encoder, write_encoder
 from isimed_index.encoders.runtimes import trial
 from isimed_index.encoders.runtimes.checked import Checked
-from isimed_index.encoders.runtimes.kind import Runtime
+from isimed_index.encoders.runtimes.kind import Auto, Runtime
 from isimed_index.encoders.runtimes.trial import Choice, Job, cheaper_strides, choose, round_of
 from isimed_index.errors import EncoderMismatch, UsageError
 from isimed_index.pretrain.trainer import new_card
@@ -110,6 +110,25 @@ def test_what_was_used_before_is_used_again(job: Job, rates: dict[str, float]) -
     rates["onnx"] = 300.0
     assert choose(replace(job, before="openvino", patches=SHORT)) == Choice(Runtime("openvino"))
     assert choose(replace(job, before="torch")).runtime == Runtime("onnx")
+
+
+def test_pytorch_that_was_settled_on_is_used_again(job: Job, rates: dict[str, float]) -> None:
+    """A second trial of an interrupted job might end otherwise, and mix the bits of two runtimes in one store."""
+    rates["openvino"] = 110.0
+    tried = choose(job)
+    assert (tried.runtime, tried.runtime.auto) == (Runtime("torch"), Auto(LONG, trial=True))
+    rates["openvino"] = 300.0
+    assert choose(replace(job, before="torch", settled=True)) == Choice(Runtime("torch"))
+    assert choose(replace(job, before="openvino", settled=True, patches=SHORT)) == Choice(Runtime("openvino"))
+    assert choose(replace(job, before="torch", settled=False)).runtime == Runtime("openvino")
+
+
+def test_what_auto_chose_says_for_how_long_a_job_and_what_was_named_does_not(job: Job, rates: dict[str, float]) -> None:
+    assert choose(job).runtime.record()["auto"] == {"patches": LONG, "trial": True}
+    assert choose(replace(job, patches=SHORT)).runtime.record()["auto"] == {"patches": SHORT, "trial": False}
+    assert choose(replace(job, patches=5_999)).runtime.auto == Auto(5_999, trial=False)
+    assert choose(replace(job, before="onnx", patches=7)).runtime.auto == Auto(7, trial=False)
+    assert "auto" not in choose(replace(job, asked=Runtime("torch"))).runtime.record()
 
 
 def test_what_was_used_before_may_not_be_installed_here(

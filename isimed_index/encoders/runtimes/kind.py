@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,20 @@ PRECISIONS: dict[str, tuple[str, ...]] = {"fp32": NAMES, "bf16": ("torch", "open
 
 
 @dataclass(frozen=True, slots=True)
+class Auto:
+    """The job that `auto` chose a runtime for; what is left of it, if it is interrupted, is no longer than it was."""
+
+    patches: int  # at most that many were to be encoded
+    trial: bool  # whether a trial chose it; else the job was short, or there was nothing to choose
+
+
+@dataclass(frozen=True, slots=True)
 class Runtime:
     """Which program runs a network, and in what precision; `auto` is the one that an encoder needs no trial for."""
 
     name: str = AUTO  # auto, torch, openvino or onnx
     precision: str = "fp32"  # fp32, or bf16 where vectors with an error of up to 1 % will do
+    auto: Auto | None = field(default=None, compare=False)  # None: it was named
 
     def __post_init__(self) -> None:
         if self.name not in (AUTO, *NAMES):
@@ -54,11 +63,12 @@ class Runtime:
         return self.name if self.precision == "fp32" else f"{self.name} {self.precision}"
 
     def record(self) -> dict[str, Any]:
-        """What a segment keeps of it: name, precision, and the version of the program where it has run here."""
+        """What a segment keeps of it: name, precision, the version of the program where it has run here; the job."""
         # The module says it, because its distribution may have another name: onnxruntime-gpu.
         program = sys.modules.get(_PACKAGES[self.name][0]) if self.name in _PACKAGES else None
         version = getattr(program, "__version__", None)
-        return {"name": self.name, "precision": self.precision, "version": None if version is None else str(version)}
+        said = {"name": self.name, "precision": self.precision, "version": None if version is None else str(version)}
+        return said if self.auto is None else {**said, "auto": asdict(self.auto)}
 
 
 NATIVE = Runtime()

@@ -2,6 +2,7 @@
 
 networks of others, GPU, or nothing else installed ─▶ the native one, no trial
 this encoder's scans were encoded by another one   ─▶ that one again
+or by PyTorch, that was settled on (`Job.settled`) ─▶ PyTorch again
 a job that PyTorch does in a minute                ─▶ PyTorch: to try others would cost more than they save
 else                                               ─▶ the fastest that passes the check, if well ahead of PyTorch
 """
@@ -27,7 +28,7 @@ from isimed_index.encoders.runtime import (
     refuse_other,
     weights_file,
 )
-from isimed_index.encoders.runtimes.kind import AUTO, PRECISIONS, Runtime, missing_packages
+from isimed_index.encoders.runtimes.kind import AUTO, PRECISIONS, Auto, Runtime, missing_packages
 from isimed_index.encoders.trust import is_ours, said_by
 from isimed_index.grid import PatchGrid
 from isimed_index.scans.prepare import Volume
@@ -61,6 +62,7 @@ class Job:
     patches: int  # at most that many will be encoded
     stride_vox: int
     before: str | None = None  # runtime that scans of this encoder were encoded by, in this precision
+    settled: bool = False  # and that is final: a trial chose it, or `auto` did for a job no shorter than this one
 
 
 def choose(job: Job) -> Choice:
@@ -71,13 +73,14 @@ def choose(job: Job) -> Choice:
         refuse_other(card, job.asked)
     if job.asked.name != AUTO:
         return Choice(job.asked)
-    native = Runtime(native_runtime(card), precision)
+    auto = Auto(job.patches, trial=False)
+    native = Runtime(native_runtime(card), precision, auto)
     if not ours or choose_device(job.device).type != "cpu":
         return Choice(native)
     others = [name for name in PRECISIONS[precision] if name != native.name and not missing_packages(name)]
     if job.before in others:
-        return Choice(Runtime(job.before, precision))
-    if not others or job.patches < FEW:
+        return Choice(Runtime(job.before, precision, auto))
+    if not others or job.patches < FEW or (job.settled and job.before == native.name):
         return Choice(native)
     return _tried(job, card, native, others)
 
@@ -103,7 +106,8 @@ def _tried(job: Job, card: EncoderCard, native: Runtime, others: Sequence[str]) 
     rates = {name: max(found[name] for found in rounds) for name in work}
     best = max(rates, key=lambda name: rates[name])
     ahead = rates[best] >= MARGIN * rates[native.name]
-    return Choice(Runtime(best, native.precision) if ahead else native, rates, failed)
+    auto = Auto(job.patches, trial=True)
+    return Choice(Runtime(best if ahead else native.name, native.precision, auto), rates, failed)
 
 
 def bare_pace(job: Job) -> float | None:

@@ -138,10 +138,22 @@ def pack(transaction: Transaction, group: Sequence[Segment], progress: Progress)
             progress.advance(1)
     (path / LATTICE).write_text(json.dumps(lattices), encoding="utf-8")
     fields = {"encoder": group[0].encoder, "outputs": dict(outputs), "rows": rows, "parts": parts}
-    ran = [segment.artefact.fields.get("runtime") for segment in group]
-    if ran[0] is not None and all(runtime == ran[0] for runtime in ran):
-        fields["runtime"] = ran[0]
+    ran = _runtime([segment.artefact.fields.get("runtime", {}) for segment in group])
+    if ran:
+        fields["runtime"] = ran
     return transaction.add("segment", path, **fields)
+
+
+def _runtime(ran: list[dict[str, Any]]) -> dict[str, Any]:
+    """What encoded all parts, if it was one for all, and the longest job that `auto` chose it for; else nothing."""
+    programs = [{name: said for name, said in one.items() if name != "auto"} for one in ran]
+    if any(program != programs[0] for program in programs):
+        return {}
+    jobs = [one["auto"] for one in ran if "auto" in one]
+    if not jobs:
+        return programs[0]
+    longest = {"patches": max(job["patches"] for job in jobs), "trial": any(job["trial"] for job in jobs)}
+    return {**programs[0], "auto": longest}
 
 
 def _part(segment: Segment, number: int, start: int) -> dict[str, Any]:
