@@ -292,15 +292,15 @@ def test_relative_errors_of_what_cannot_be_compared() -> None:
     for name in ("a", "b"):
         errors = relative_errors({**maps(), name: maps()[name] * np.nan}, maps())
         assert np.isnan([errors.overall, errors.worst]).all()
-        assert not errors.within("fp32")
+        assert not errors.within(BOUNDS["fp32"])
 
 
 def test_the_bounds() -> None:
-    assert Errors(1e-5, 5e-5).within("fp32")
-    assert not Errors(1.1e-5, 2e-5).within("fp32")
-    assert not Errors(5e-6, 5.1e-5).within("fp32")
-    assert Errors(1e-2, 4e-2).within("bf16")
-    assert not Errors(1e-3, 6e-2).within("bf16")  # one wrong vector among thousands
+    assert Errors(1e-5, 5e-5).within(BOUNDS["fp32"])
+    assert not Errors(1.1e-5, 2e-5).within(BOUNDS["fp32"])
+    assert not Errors(5e-6, 5.1e-5).within(BOUNDS["fp32"])
+    assert Errors(1e-2, 4e-2).within(BOUNDS["bf16"])
+    assert not Errors(1e-3, 6e-2).within(BOUNDS["bf16"])  # one wrong vector among thousands
 
 
 def moved(by: float) -> Checked:
