@@ -39,8 +39,8 @@ from isimed_index.store.transaction import Transaction
 REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans is new to it
 FOUNDERS = 128  # scans at most that a template is made from; the others get their charts by it
 _GROUP = 64  # charts at least that are worth a commit
-_GROUPS = 8  # so many commits for the charts that are left, at most: each writes the template, too
-_KEPT_BYTES = 1 << 30
+_GROUPS = 8  # or this part of those that are left, for each commit writes the template again
+_KEPT_BYTES = 1 << 30  # of lattices in memory
 _SAMPLE = 200  # vectors of each founder that the standard is estimated from
 
 

@@ -58,7 +58,7 @@ class Chart:
 class Frame:
     """One encoder's canonical frame.
 
-    `awaited` is how many scans had no chart yet when the frame was committed, because they are fitted group by group.
+    `awaited` is how many scans had no chart yet when it was committed, because charts are fitted group by group.
     """
 
     encoder: str
