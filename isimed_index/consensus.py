@@ -17,6 +17,8 @@ from isimed_index.space import Affine, apply_affine, inverse
 AGREES_MM = 6.0
 _FLOOR = 1e-6  # mm², relative: keeps a fit to coplanar points solvable, and changes no other
 _AT_ONCE = 256  # windows whose vectors are gathered together, some 10 MB
+_ROOM = 1 << 26  # similarities in memory at once, 256 MB
+_FEW = 64  # rows of similarities that are compared while they are in the processor's cache
 
 
 def robust_affine(
@@ -72,13 +74,17 @@ def mutual_matches(
     best = np.empty(len(a), dtype=np.int64)
     back = np.full(len(b), -np.inf, dtype=np.float32)
     back_from = np.zeros(len(b), dtype=np.int64)
+    room = np.empty(
+        (min(block, len(a)), len(b)), np.float32
+    )  # fresh memory for each block costs as much as the products
     for start in range(0, len(a), block):
-        similarity = a[start : start + block] @ b.T  # (block, m)
+        similarity = np.matmul(a[start : start + block], b.T, out=room[: len(a) - start])  # (block, m)
         best[start : start + block] = similarity.argmax(1)
-        row = similarity.argmax(0)
-        peak = similarity[row, np.arange(len(b))]
-        better = peak > back
-        back[better], back_from[better] = peak[better], row[better] + start
+        for first in range(0, len(similarity), _FEW):
+            few = similarity[first : first + _FEW]
+            peak = few.max(0)
+            better = np.flatnonzero(peak > back)  # ever fewer, and the search for the row is what takes long
+            back[better], back_from[better] = peak[better], few[:, better].argmax(0) + start + first
     cycle = np.linalg.norm(xa[back_from[best]] - xa, axis=1)
     return best, np.exp(-((cycle / spread_mm) ** 2))
 
@@ -123,11 +129,13 @@ def _similarities(
     vectors: Vectors, nearest: NDArray[np.int64], steps: NDArray[np.int64], target: Lattice
 ) -> NDArray[np.float32]:
     """Inner products (n, w) of vectors (n, d) with the stored points around lattice indices (n, 3); -inf where none."""
-    shape = target.mask.shape
-    index = nearest[:, None] + steps  # (n, w, 3)
-    inside = ((index >= 0) & (index < shape)).all(-1)
-    flat = np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), shape, mode="clip")  # (n, w)
-    around = target.vectors.reshape(-1, vectors.shape[1])[flat]  # (n, w, d)
+    flat = np.zeros((len(nearest), len(steps)), np.int64)  # (n, w)
+    inside = np.ones(flat.shape, bool)
+    for axis, size in enumerate(target.mask.shape):  # one at a time: arrays (n, w, 3) are slow
+        at = nearest[:, axis, None] + steps[:, axis]
+        inside &= (at >= 0) & (at < size)
+        flat = flat * size + np.clip(at, 0, size - 1)
+    around = target.vectors.reshape(-1, vectors.shape[1]).take(flat, axis=0)  # (n, w, d)
     products = np.matmul(around, vectors[:, :, None])[..., 0]
     return np.where(inside & target.mask.ravel()[flat], products, np.float32(-np.inf))
 
@@ -141,15 +149,18 @@ class Fit:
     matches: int
 
 
-def fit_pair(source: Lattice, target: Lattice, *, start: Affine | None = None, rounds: int = 2) -> Fit:
+def fit_pair(
+    source: Lattice, target: Lattice, *, whole: Lattice | None = None, start: Affine | None = None, rounds: int = 2
+) -> Fit:
     """The affine from `source` mm to `target` mm that most matches agree on.
 
-    Without `start` the matches are first sought in the whole target; then, `rounds` times, around where the affine
-    points. A match agrees when it lies within `AGREES_MM` of the affine.
+    Without `start` the matches are first sought in the whole target, or in `whole`, which is the target with fewer
+    points; then, `rounds` times, around where the affine points. A match agrees when it lies within `AGREES_MM` of the
+    affine.
     """
     xa, a = source.stored()
     if start is None:
-        xb, b = target.stored()
+        xb, b = (whole or target).stored()
         best, weight = mutual_matches(xa, a, b)
         start = robust_affine(xa, xb[best], weight + 1e-4)
     affine = start

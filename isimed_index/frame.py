@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ from numpy.typing import NDArray
 from isimed_index.consensus import agreement, fit_pair
 from isimed_index.contracts import conform
 from isimed_index.errors import StoreDamaged
-from isimed_index.lattice import Lattice, Points, Standard
+from isimed_index.in_order import in_order
+from isimed_index.lattice import Lattice, Points, Standard, Vectors, thinned
 from isimed_index.progress import Progress, Silent
 from isimed_index.space import Affine, apply_affine, inverse
 from isimed_index.store.place.faults import numbered
 
 FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
 SMALLEST, LARGEST = 0.25, 4.0  # volume of one body against another's: a chart outside of these fits nothing
+MATCHED_MM = 8.0  # about the spacing of the points that are matched: closer ones tell the same again
+WINDOW_MM = 4.0  # about the spacing of a template: windows around where a chart points are as wide as five of it
+ROUNDS = 2  # how often all scans are matched to the template
+_ROUNDS_WINDOW, _ROUNDS_FINE = 2, 6  # in windows around where the chart points
 HOLDS_ABOVE = 0.3  # agreement from which a chart is believed (measured: decision 0004)
 
 
@@ -51,12 +56,16 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One encoder's canonical frame."""
+    """One encoder's canonical frame.
+
+    `awaited` is how many scans had no chart yet when it was committed, because charts are fitted group by group.
+    """
 
     encoder: str
     standard: Standard
     template: Lattice  # in canonical mm
     charts: Mapping[str, Chart]
+    awaited: int = 0
 
 
 def fit_frame(
@@ -64,39 +73,52 @@ def fit_frame(
     standard: Standard,
     lattices: Mapping[str, Lattice],
     *,
-    rounds: int = 2,
+    first: Lattice | None = None,
+    rounds: int = ROUNDS,
     progress: Progress | None = None,
 ) -> Frame:
     """Fit template and charts to the lattices of a cohort, from nothing.
 
-    `rounds` is how often all scans are matched to the template; the first template is the scan with the median number
-    of patches.
+    `rounds` is how often all scans are matched to the template; `first` is the first template, by default the scan with
+    the median number of patches. A lattice is asked for whenever it is needed, from several threads, and not kept.
     """
     progress = progress or Silent()
-    by_size = sorted(lattices, key=lambda scan: int(lattices[scan].mask.sum()))
-    template = lattices[by_size[len(by_size) // 2]]
+    scans = sorted(lattices)  # in the order of names: a sum of floats depends on its order
+    template = first
+    if template is None:
+        template = thinned(lattices[median_scan({scan: int(lattices[scan].mask.sum()) for scan in scans})], WINDOW_MM)
     charts: dict[str, Chart] = {}
     for turn in range(rounds):
-        progress.start(f"frame, round {turn + 1} of {rounds}", len(lattices), "charts")
-        for scan, lattice in lattices.items():
-            charts[scan] = fit_chart(lattice, template, charts[scan].affine if turn and charts[scan].holds else None)
-            progress.advance(1, f"residual {charts[scan].residual_mm:.1f} mm")
-        charts = _centred(charts)
+        progress.start(f"frame, round {turn + 1} of {rounds}", len(scans), "charts")
+        starts = {scan: charts[scan].affine if turn and charts[scan].holds else None for scan in scans}
+        charts = _centred(_fit_charts(lattices, starts, template, progress))
         template = _mean_template(lattices, charts, template.step_mm)
         progress.finish()
     return Frame(encoder, standard, template, charts)
 
 
+def median_scan(patches: Mapping[str, int]) -> str:
+    """The scan with the median number of patches; of equal ones by name."""
+    by_size = sorted(sorted(patches), key=patches.__getitem__)
+    return by_size[len(by_size) // 2]
+
+
 def extend_frame(frame: Frame, lattices: Mapping[str, Lattice], progress: Progress | None = None) -> Frame:
     """Add charts of new scans against the template as it is; what was there stays as it was."""
-    progress = progress or Silent()
-    progress.start("frame", len(lattices), "charts")
-    charts = dict(frame.charts)
-    for scan, lattice in lattices.items():
-        charts[scan] = fit_chart(lattice, frame.template)
-        progress.advance(1)
-    progress.finish()
-    return Frame(frame.encoder, frame.standard, frame.template, charts)
+    new = _fit_charts(lattices, dict.fromkeys(lattices), frame.template, progress or Silent())
+    return replace(frame, charts={**frame.charts, **new})
+
+
+def _fit_charts(
+    lattices: Mapping[str, Lattice], starts: Mapping[str, Affine | None], template: Lattice, progress: Progress
+) -> dict[str, Chart]:
+    """The charts of all scans in `starts`, each from its start if it has one; no chart depends on another."""
+    charts = {}
+    found = in_order(lambda scan: fit_chart(lattices[scan], template, starts[scan]), starts)
+    for scan, chart in zip(starts, found, strict=True):
+        charts[scan] = chart
+        progress.advance(1, f"residual {chart.residual_mm:.1f} mm")
+    return charts
 
 
 def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) -> Chart:
@@ -104,10 +126,13 @@ def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) 
     unsupported = Chart(np.eye(4), float("inf"), 0, 0.0)
     if not lattice.mask.any() or not template.mask.any():
         return unsupported
-    fit = fit_pair(lattice, template, start=start)
+    source, target, whole = thinned(lattice, MATCHED_MM), thinned(template, WINDOW_MM), thinned(template, MATCHED_MM)
+    # In narrower windows an affine moves by smaller steps.
+    rounds = _ROUNDS_FINE if target.step_mm < whole.step_mm else _ROUNDS_WINDOW
+    fit = fit_pair(source, target, whole=whole, start=start, rounds=rounds)
     if not SMALLEST < np.linalg.det(fit.affine[:3, :3]) < LARGEST:  # a mirror image, or nearly flat
         return unsupported
-    return Chart(fit.affine, fit.residual_mm, fit.matches, agreement(lattice, template, fit.affine))
+    return Chart(fit.affine, fit.residual_mm, fit.matches, agreement(source, whole, fit.affine))
 
 
 def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:
@@ -119,21 +144,26 @@ def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:
 
 def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart], step_mm: float) -> Lattice:
     """The mean unit vector of all scans at every point of a canonical lattice that covers them."""
-    believed = {scan: charts[scan].affine for scan in lattices if charts[scan].holds} or {
-        scan: charts[scan].affine for scan, lattice in lattices.items() if lattice.mask.any()
+    believed = {scan: chart.affine for scan, chart in charts.items() if chart.holds} or {
+        scan: charts[scan].affine for scan in charts if lattices[scan].mask.any()
     }
-    ends = [apply_affine(a, _corners(lattices[scan])) for scan, a in believed.items()]
-    low, high = np.concatenate(ends).min(axis=0), np.concatenate(ends).max(axis=0)
+    ends = np.concatenate([*in_order(lambda scan: apply_affine(believed[scan], _corners(lattices[scan])), believed)])
+    low, high = ends.min(axis=0), ends.max(axis=0)
     shape = np.ceil((high - low) / step_mm).astype(int) + 1
     affine = np.diag([step_mm, step_mm, step_mm, 1.0])
     affine[:3, 3] = low
     places = apply_affine(affine, np.argwhere(np.ones(shape, bool)))
     dim = next(iter(lattices.values())).vectors.shape[-1]
     total, weight = np.zeros((len(places), dim), np.float32), np.zeros(len(places))
-    for scan, chart in believed.items():
-        vectors, share = lattices[scan].sample(apply_affine(inverse(chart), places))
-        total += vectors * share[:, None].astype(np.float32)
-        weight += share
+
+    def seen(scan: str) -> tuple[NDArray[np.intp], Vectors, NDArray[np.float64]]:
+        vectors, share = lattices[scan].sample(apply_affine(inverse(believed[scan]), places))
+        rows = np.flatnonzero(share)
+        return rows, vectors[rows] * share[rows, None].astype(np.float32), share[rows]
+
+    for rows, vectors, share in in_order(seen, believed):
+        total[rows] += vectors
+        weight[rows] += share
     unit = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
     # A point that a single odd scan reaches is no part of the template, unless there are few scans.
     mask = weight >= min(1.0, 0.5 + 0.05 * len(believed))
@@ -173,6 +203,7 @@ def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None 
         "centre": [float(v) for v in frame.standard.centre],
         "scale": frame.standard.scale,
         "template_affine": frame.template.affine.tolist(),
+        "awaited": frame.awaited,
     }
     (directory / FRAME).write_text(json.dumps(content), encoding="utf-8")
 
@@ -199,6 +230,6 @@ def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Fram
             if voxels is not None and row.get("voxels") not in (None, voxels.get(row["scan"])):
                 continue
             charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
-        return Frame(content["encoder"], standard, template, charts)
+        return Frame(content["encoder"], standard, template, charts, int(content.get("awaited", 0)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from isimed_index.charting import commit_frame
 from isimed_index.encode import (
     Encoded,
     EncodeTask,
@@ -28,11 +26,9 @@ from isimed_index.encode import (
 )
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
-from isimed_index.frame import Frame, extend_frame, fit_frame, read_frame, write_frame
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest.report import Refusal
-from isimed_index.lattice import Lattice, Standard, read_lattice
 from isimed_index.planning import (
     IndexOptions,
     Wanted,
@@ -51,15 +47,12 @@ from isimed_index.regions import commit_regions
 from isimed_index.store.derived import commit_derived
 from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
-from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
 
-REFIT_SHARE = 0.25  # the frame is fitted anew when more than this share of the scans has no chart
 _NO_PATCH = ScanRefused(
     "no patch of it holds enough foreground to be encoded", next_step="use an encoder with smaller patches or spacing"
 )
-_SAMPLE = 200  # vectors of each scan that the standard is estimated from
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,62 +277,8 @@ def _commit_frame_and_regions(transaction: Transaction, card: EncoderCard, progr
     """A frame, and regions that are measured by it: both again when another process takes one of them away."""
     done = False
     while not done:
-        _commit_frame(transaction, card, progress)
+        commit_frame(transaction, card, progress)
         done = commit_regions(transaction, card, progress)
-
-
-def _commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
-    """Fit the frame anew when many scans have no chart in it, extend it when few have none.
-
-    When another process commits a frame meanwhile, its charts are kept: this one begins again from there.
-    """
-    done = False
-    while not done:
-        with transaction.repository.pin() as snapshot:
-            frame = _next_frame(snapshot, card, progress)
-            if frame is None:
-                return
-            before = snapshot.newest("frame", card.id)
-            write = partial(write_frame, frame=frame, voxels=snapshot.voxels_of)
-            done = _commit_one(transaction, "frame", write, card, instead_of=before)
-
-
-def _next_frame(snapshot: Snapshot, card: EncoderCard, progress: Progress) -> Frame | None:
-    """A frame with a chart of every encoded scan; None when the stored one is that already."""
-    # By name: the order of rows is that in which scans were encoded, and a sum of floats depends on its order.
-    segments = dict(sorted(snapshot.segments_by_scan(card.id).items()))
-    before = _stored_frame(snapshot, card)
-    missing = [scan for scan in segments if before is None or scan not in before.charts]
-    if not missing:
-        return None
-    if before is None or len(missing) > REFIT_SHARE * len(segments):
-        standard = _standard(card, list(segments.values()))
-        return fit_frame(card.id, standard, _lattices(segments, card, standard), progress=progress)
-    new = {scan: segments[scan] for scan in missing}
-    return extend_frame(before, _lattices(new, card, before.standard), progress)
-
-
-def _stored_frame(snapshot: Snapshot, card: EncoderCard) -> Frame | None:
-    """The frame that is stored; None when there is none, or when it is damaged: it can be fitted again."""
-    try:
-        path = snapshot.frame_path(card.id)
-        return None if path is None else read_frame(path, snapshot.voxels_of)
-    except StoreDamaged as error:
-        warnings.warn(f"{error}; the frame is fitted anew", StoreWarning, stacklevel=2)
-        return None
-
-
-def _standard(card: EncoderCard, segments: Sequence[Segment]) -> Standard:
-    """Estimate centre and scale of an encoder's vectors from a regular sample of every scan's patches."""
-    samples = []
-    for segment in segments:
-        vectors = segment.vectors(card.match_output)
-        samples.append(np.asarray(vectors[:: max(1, len(vectors) // _SAMPLE)], dtype=np.float32))
-    return Standard.of(card.metric, np.concatenate(samples))
-
-
-def _lattices(segments: Mapping[str, Segment], card: EncoderCard, standard: Standard) -> dict[str, Lattice]:
-    return {scan: read_lattice(segment, card.match_output, standard) for scan, segment in segments.items()}
 
 
 def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:

@@ -21,6 +21,7 @@ from isimed_index.store.segment import Segment
 FILE = "lattice.json"
 _RESTORE = "restore the store from a backup, or add its files to a new one"
 _LEAST_WEIGHT = 1e-6  # below it a point only seems to touch the lattice, by rounding
+_LEAST_POINTS = 2000  # that thinning leaves, where there are so many: a head at 8 mm has more, a mouse has fewer
 Points = NDArray[np.float64]  # (n, 3) mm
 Vectors = NDArray[np.float32]  # (n, d)
 
@@ -97,20 +98,85 @@ class Lattice:
         """
         at = apply_affine(inverse(self.affine), points_mm)
         low = np.floor(at).astype(np.int64)
-        part = at - low
         size = np.array(self.mask.shape)
-        total = np.zeros((len(at), self.vectors.shape[-1]), np.float32)
+        near = np.flatnonzero(((low >= -1) & (low < size)).all(axis=1))  # of a template's points many lie outside
+        vectors = np.zeros((len(at), self.vectors.shape[-1]), np.float32)
         weight = np.zeros(len(at))
+        vectors[near], weight[near] = self._between(low[near], (at - low)[near])
+        return vectors, weight
+
+    def _between(self, low: NDArray[np.int64], part: NDArray[np.float64]) -> tuple[Vectors, NDArray[np.float64]]:
+        """`sample` at indices `low` + `part` (n, 3), whole numbers and fractions."""
+        flat = self.vectors.reshape(-1, self.vectors.shape[-1])
+        size = np.array(self.mask.shape)
+        total = np.zeros((len(low), flat.shape[1]), np.float32)
+        weight = np.zeros(len(low))
         for corner in np.ndindex(2, 2, 2):
             index = low + corner
             share = np.where(corner, part, 1 - part).prod(axis=1)
             i, j, k = np.clip(index, 0, size - 1).T
             share = share * (((index >= 0) & (index < size)).all(axis=1) & self.mask[i, j, k])
-            total += self.vectors[i, j, k] * share[:, None].astype(np.float32)
+            rows = np.flatnonzero(share)
+            place = np.ravel_multi_index((i[rows], j[rows], k[rows]), self.mask.shape)
+            total[rows] += flat.take(place, axis=0) * share[rows, None].astype(np.float32)
             weight += share
         unseen = weight < _LEAST_WEIGHT
         total[unseen], weight[unseen] = 0, 0
         return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12)), weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thinning:
+    """Which points of a lattice are kept: those at index `first` + a multiple of `every` along each axis, both (3,)."""
+
+    first: NDArray[np.int64]
+    every: NDArray[np.int64]
+
+    @classmethod
+    def to(cls, spacing_mm: float, ijk: NDArray[np.integer], affine: Affine) -> Thinning:
+        """The thinning that brings a lattice with points stored at `ijk` (n, 3) nearest to a spacing.
+
+        It begins where most stored points are kept, and is less where fewer than `_LEAST_POINTS` would be left: of
+        small bodies, and of thin slabs.
+        """
+        every = np.maximum(1, np.rint(spacing_mm / np.linalg.norm(affine[:3, :3], axis=0))).astype(np.int64)
+        while (every > 1).any():
+            which = np.ravel_multi_index(tuple((ijk % every).T), tuple(every))
+            kept = np.bincount(which, minlength=int(every.prod()))
+            if kept.max() >= _LEAST_POINTS:
+                return cls(np.array(np.unravel_index(kept.argmax(), tuple(every)), dtype=np.int64), every)
+            every = np.maximum(1, every - 1)
+        return cls(np.zeros(3, np.int64), every)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is left out."""
+        return bool((self.every == 1).all())
+
+    def keeps(self, ijk: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Which of the indices (n, 3) are kept (n,)."""
+        kept: NDArray[np.bool_] = ((ijk - self.first) % self.every == 0).all(axis=1)
+        return kept
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """The shape of a lattice after it."""
+        return _shape((-(-(np.array(shape) - self.first) // self.every)).tolist())
+
+    def affine(self, affine: Affine) -> Affine:
+        """Index after it → mm, from index before it → mm."""
+        step = np.diag([*self.every.astype(np.float64), 1.0])
+        step[:3, 3] = self.first
+        return affine @ step
+
+
+def thinned(lattice: Lattice, spacing_mm: float) -> Lattice:
+    """The points of a lattice that lie about `spacing_mm` apart, see `Thinning.to`; itself where they do already."""
+    thinning = Thinning.to(spacing_mm, np.argwhere(lattice.mask), lattice.affine)
+    if thinning.keeps_all:
+        return lattice
+    part = tuple(slice(a, None, n) for a, n in zip(thinning.first.tolist(), thinning.every.tolist(), strict=True))
+    mask, vectors = lattice.mask[part], lattice.vectors[part]
+    return Lattice(np.ascontiguousarray(vectors), np.ascontiguousarray(mask), thinning.affine(lattice.affine))
 
 
 def lattice_affine(grid: PatchGrid) -> Affine:
@@ -187,8 +253,11 @@ def read_geometry(segment: Segment) -> ScanGeometry:
         return ScanGeometry(_shape(scan["shape"]), _matrix(scan["affine"]), _matrix(scan["source_affine"]))
 
 
-def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
-    """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit."""
+def read_lattice(segment: Segment, output: str, standard: Standard, spacing_mm: float | None = None) -> Lattice:
+    """The lattice of one stored segment, vectors of `output`; `StoreDamaged` when its geometry does not fit.
+
+    With `spacing_mm` it is `thinned`, and what is left out is not read.
+    """
     patches = segment.patches(("i", "j", "k"))
     content = segment.lattice()
     with _malformed():
@@ -196,7 +265,13 @@ def read_lattice(segment: Segment, output: str, standard: Standard) -> Lattice:
     ijk = np.stack([patches.column(axis).to_numpy() for axis in "ijk"], axis=1)
     if ((ijk < 0) | (ijk >= shape)).any():
         raise StoreDamaged(f"{FILE} of a segment says shape {shape}, a patch lies outside", next_step=_RESTORE)
-    return build_lattice(standard.unit(segment.vectors(output)), ijk, shape, affine)
+    stored = segment.vectors(output)
+    thinning = Thinning.to(spacing_mm or 0, ijk, affine)
+    if not thinning.keeps_all:
+        rows = thinning.keeps(ijk)
+        ijk, stored = (ijk[rows] - thinning.first) // thinning.every, stored[rows]
+        shape, affine = thinning.shape(shape), thinning.affine(affine)
+    return build_lattice(standard.unit(stored), ijk, shape, affine)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from affines import affine_of
 
+from isimed_index.consensus import agreement, fit_pair
 from isimed_index.errors import StoreDamaged
 from isimed_index.frame import Chart, Frame, extend_frame, fit_chart, fit_frame, read_frame, write_frame
-from isimed_index.lattice import Lattice, Standard
+from isimed_index.lattice import Lattice, Standard, thinned
 from isimed_index.space import apply_affine, inverse
 
 BODY_MM = 45.0  # radius of the ball that is foreground
@@ -27,13 +28,16 @@ def field(points: np.ndarray, seed: int = 0) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def body(to_body: np.ndarray, seed: int = 0, radius_mm: float = BODY_MM, noise: float = 0.0) -> Lattice:
+def body(
+    to_body: np.ndarray, seed: int = 0, radius_mm: float = BODY_MM, noise: float = 0.0, step_mm: float = 8.0
+) -> Lattice:
     """A scan whose own mm map to the body's by `to_body`."""
-    affine = np.diag([8.0, 8.0, 8.0, 1.0])
-    affine[:3, 3] = apply_affine(inverse(to_body), np.zeros(3)) - 8.0 * (np.array(SHAPE) - 1) / 2 + seed
-    in_body = apply_affine(to_body, apply_affine(affine, np.moveaxis(np.indices(SHAPE), 0, -1)))
+    shape = tuple(round(n * 8.0 / step_mm * max(1.0, radius_mm / BODY_MM)) for n in SHAPE)
+    affine = np.diag([step_mm, step_mm, step_mm, 1.0])
+    affine[:3, 3] = apply_affine(inverse(to_body), np.zeros(3)) - step_mm * (np.array(shape) - 1) / 2 + seed
+    in_body = apply_affine(to_body, apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)))
     mask = np.linalg.norm(in_body, axis=-1) < radius_mm
-    vectors = field(in_body, seed) + noise * np.random.default_rng(1).normal(size=(*SHAPE, 24)).astype(np.float32)
+    vectors = field(in_body, seed) + noise * np.random.default_rng(1).normal(size=(*shape, 24)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     return Lattice(vectors.astype(np.float32) * mask[..., None], mask, affine)
 
@@ -71,6 +75,63 @@ def test_charts_agree_with_the_truth(frame: Frame):
         assert chart.holds
         assert 0.9 < chart.agreement <= 1.0
         assert chart.residual_mm < 4.0
+
+
+LARGE_MM = 70.0  # radius of a body that has enough points at 8 mm for finer lattices to be thinned
+
+
+def off_mm(chart: Chart, truth: np.ndarray) -> float:
+    """The largest distance between a chart into the body's own mm and the truth."""
+    points = np.random.default_rng(0).normal(size=(200, 3))
+    points *= 0.8 * LARGE_MM / np.linalg.norm(points, axis=1, keepdims=True)
+    return float(
+        np.linalg.norm(apply_affine(chart.affine, apply_affine(inverse(truth), points)) - points, axis=1).max()
+    )
+
+
+@pytest.mark.parametrize(("scan_mm", "template_mm"), [(8.0, 8.0), (4.0, 8.0), (8.0, 4.0), (4.0, 4.0), (3.0, 4.0)])
+def test_a_chart_at_any_stride_is_the_truth(scan_mm: float, template_mm: float):
+    """Half a step of the lattice that is matched would be 4 mm along each axis."""
+    truth = TRUTH["scan-1"]
+    scan = body(truth, radius_mm=LARGE_MM, noise=0.05, step_mm=scan_mm)
+    chart = fit_chart(scan, body(np.eye(4), radius_mm=LARGE_MM, noise=0.05, step_mm=template_mm))
+    assert off_mm(chart, truth) < 1.0
+    assert chart.agreement > 0.9
+    assert 1000 < chart.matches <= 1.7 * len(thinned(scan, 8.0).stored()[0])
+
+
+def test_a_frame_of_a_finer_lattice_is_no_worse():
+    some = dict(list(TRUTH.items())[:3])
+    largest = {}
+    for step in (8.0, 4.0):
+        frame = fit_frame(
+            "e", STANDARD, {s: body(t, radius_mm=LARGE_MM, noise=0.05, step_mm=step) for s, t in some.items()}
+        )
+        assert frame.template.step_mm == step
+        largest[step] = max(error_mm(frame, a, b, some) for a in some for b in some if a != b)
+    assert largest[4.0] < 1.1 * largest[8.0] + 0.1
+
+
+def test_at_a_coarse_stride_a_chart_is_that_of_all_points():
+    """What no thinning touches: matched in the whole template, then twice in windows of five steps."""
+    scan, template = body(TRUTH["scan-1"], noise=0.05), body(np.eye(4))
+    chart, plain = fit_chart(scan, template), fit_pair(scan, template, rounds=2)
+    assert chart.affine.tobytes() == plain.affine.tobytes()
+    assert (chart.residual_mm, chart.matches) == (plain.residual_mm, plain.matches)
+    assert chart.agreement == agreement(scan, template, plain.affine)
+
+
+def test_neither_the_order_of_scans_nor_threads_change_a_bit(frame: Frame, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("isimed_index.in_order._cores", lambda: 3)
+    turned = {scan: body(truth, noise=0.05) for scan, truth in reversed(TRUTH.items())}
+    again = fit_frame("e", STANDARD, turned)
+    assert list(again.charts) == list(frame.charts)
+    for scan, chart in frame.charts.items():
+        assert again.charts[scan].affine.tobytes() == chart.affine.tobytes()
+    assert again.template.vectors.tobytes() == frame.template.vectors.tobytes()
+    new = {"a": body(pose(50)), "b": body(pose(51)), "c": body(pose(52))}
+    one, other = extend_frame(frame, new), extend_frame(frame, dict(reversed(new.items())))
+    assert all(one.charts[scan].affine.tobytes() == other.charts[scan].affine.tobytes() for scan in new)
 
 
 def test_the_mean_chart_is_the_identity(frame: Frame):

@@ -11,7 +11,7 @@ import pytest
 from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
 
 import isimed_index as isi
-from isimed_index import indexing, planning
+from isimed_index import charting, indexing, planning
 from isimed_index.api import Store
 from isimed_index.encode import cluster
 from isimed_index.encoders.runtimes import trial
@@ -173,7 +173,7 @@ def test_charts_that_another_process_commits_meanwhile_are_kept(
     store = isi.create(tmp_path / "store")
     store.add([cohort.file(copy) for copy in COPIES[:4]])
     add_random_encoder(store.path)
-    fit, calls = indexing.fit_frame, []
+    fit, calls = charting.fit_frame, []
 
     def slow_fit(*args, **kwargs):
         calls.append(1)
@@ -182,7 +182,7 @@ def test_charts_that_another_process_commits_meanwhile_are_kept(
             isi.open(store.path).index()
         return frame
 
-    monkeypatch.setattr(indexing, "fit_frame", slow_fit)
+    monkeypatch.setattr(charting, "fit_frame", slow_fit)
     store.index(where="subject = 'sub-01'")
     assert len(charts(store)) == 4
     assert len(store.snapshot.artefacts("frame")) == 1
@@ -205,7 +205,7 @@ def test_an_interrupted_index_says_what_is_committed_and_nothing_else(
             store.index()
     assert (caught.value.report.encoded, caught.value.report.skipped) == ([], ["sub-02_T1w"])
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "fit_frame", stop)
+        patch.setattr(charting, "fit_frame", stop)
         with pytest.raises(IndexStopped, match="of 3 scans 2 are encoded and stay") as caught:
             store.index()
     report = caught.value.report
@@ -287,13 +287,13 @@ def test_a_purge_that_cannot_build_anew_still_reports(
         raise error("too few")
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "fit_frame", lambda *_, **__: stop())
+        patch.setattr(charting, "fit_frame", lambda *_, **__: stop())
         with pytest.warns(StoreWarning, match="too few. Next: isimed index"):
             assert store.purge("sub-02").hits == 0
     store.index()
     report = tmp_path / "erasure.json"
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "fit_frame", lambda *_, **__: stop(error=KeyboardInterrupt))
+        patch.setattr(charting, "fit_frame", lambda *_, **__: stop(error=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             store.purge("sub-03", report=report)
     assert json.loads(report.read_text())["scans"] == 1

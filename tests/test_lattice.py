@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+import isimed_index.lattice as module
 from isimed_index.errors import StoreDamaged
 from isimed_index.grid import PatchGrid
 from isimed_index.lattice import (
@@ -24,6 +25,7 @@ from isimed_index.lattice import (
     lattice_affine,
     read_geometry,
     read_lattice,
+    thinned,
     write_geometry,
 )
 from isimed_index.space import Affine, apply_affine
@@ -255,3 +257,72 @@ def test_indices_before_the_lattice_do_not_wrap_around(tmp_path: Path) -> None:
     before = GRID.ijk(NUMBERS) - np.array([1, 0, 0])
     with pytest.raises(StoreDamaged, match=FILE):
         read_lattice(segment(tmp_path, ijk=before), "descriptor", Standard.of("cosine", normal(0, 4, 5)))
+
+
+# -- thinning -------------------------------------------------------------------------------------------------------
+
+
+def random_lattice(seed: int, shape: tuple[int, int, int], affine: Affine, share: float = 0.7) -> Lattice:
+    mask = np.random.default_rng(seed).random(shape) < share
+    return Lattice(normal(seed, *shape, 3) * mask[..., None], mask, affine)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    spacing=st.floats(1.0, 40.0),
+    affine=affines(),
+    least=st.integers(1, 40),
+)
+def test_a_thinned_lattice_has_the_same_vectors_at_the_same_places(
+    seed: int, shape: tuple[int, int, int], spacing: float, affine: Affine, least: int
+) -> None:
+    lattice = random_lattice(seed, shape, affine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LEAST_POINTS", least)
+        thin = thinned(lattice, spacing)
+    there = {tuple(np.round(place, 3)): vector.tobytes() for place, vector in zip(*lattice.stored(), strict=True)}
+    places, vectors = thin.stored()
+    assert len(places) >= min(least, len(there))
+    for place, vector in zip(places, vectors, strict=True):
+        assert there[tuple(np.round(place, 3))] == vector.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("step", "thin_step"), [(16, 16), (8, 8), (7, 7), (6, 6), (5, 10), (4, 8), (3, 9), (2, 8), (1, 8)]
+)
+def test_points_are_about_as_far_apart_as_was_asked(step: float, thin_step: float) -> None:
+    lattice = random_lattice(0, (33, 30, 31), np.diag([step, step, step, 1.0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LEAST_POINTS", 1)
+        thin = thinned(lattice, 8.0)
+    assert thin.step_mm == thin_step
+    assert (thin is lattice) == (step == thin_step)
+
+
+def test_small_bodies_keep_their_points() -> None:
+    mouse = random_lattice(0, (20, 20, 20), np.diag([0.5, 0.5, 0.5, 1.0]))
+    assert thinned(mouse, 8.0) is mouse  # every second point along each axis would be 700
+    larger = random_lattice(0, (40, 40, 40), np.diag([0.5, 0.5, 0.5, 1.0]))
+    assert thinned(larger, 8.0).step_mm == 1.0
+
+
+def test_a_slab_between_the_points_of_the_coarse_lattice_is_kept() -> None:
+    lattice = random_lattice(0, (100, 100, 4), np.diag([4.0, 4.0, 4.0, 1.0]), share=1.0)
+    lattice.mask[:, :, [0, 2, 3]] = False
+    thin = thinned(lattice, 8.0)
+    assert thin.mask.sum() == 2500
+    assert set(thin.stored()[0][:, 2]) == {4.0}
+
+
+def test_what_is_left_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LEAST_POINTS", 1)
+    standard = Standard.of("cosine", normal(0, 4, 5))
+    stored = segment(tmp_path)
+    whole = read_lattice(stored, "descriptor", standard)
+    thin = read_lattice(stored, "descriptor", standard, 2 * whole.step_mm)
+    other = thinned(whole, 2 * whole.step_mm)
+    assert 0 < thin.mask.sum() < whole.mask.sum()
+    for name in ("vectors", "mask", "affine"):
+        np.testing.assert_array_equal(getattr(thin, name), getattr(other, name))

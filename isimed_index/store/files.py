@@ -24,6 +24,7 @@ CARD = "card.json"  # of an encoder
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
 REFERENCE = "reference.json"  # of a reference: where it comes from
+NEXT_FRAME = "next"  # in a frame's folder: the one that replaces it as soon as it has a chart of every scan
 REPAIR = "isimed check, then isimed repair"
 RESTORE = "restore the store from a backup, or add its files to a new one"  # no command mends what is not derived
 FOLDERS = {

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from isimed_index.errors import StoreUnreadable
 from isimed_index.store import files
-from isimed_index.store.files import REFERENCE
+from isimed_index.store.files import NEXT_FRAME, REFERENCE
 from isimed_index.store.manifest import Artefact, Manifest
 from isimed_index.store.place.storage import Storage
 from isimed_index.store.segment import PATCHES, ROW_IDS, parts_of
@@ -160,9 +160,8 @@ class Traces:
                 known = len(rows) == scans.num_rows and _within(rows, rows + 1, theirs)
                 return not known or bool(self.own & _texts(scans, "scan"))
             if made.kind == "frame":  # a chart may be of a scan that had the id before
-                charts = pq.read_table(path / CHARTS, partitioning=None)
-                voxels = _texts(charts, "voxels") if "voxels" in charts.column_names else set()
-                return self._not_theirs(_texts(charts, "scan"), self.scans) or not voxels <= self.their_voxels
+                folders = [folder for folder in (path, path / NEXT_FRAME) if folder.is_dir()]
+                return any(self._charted(pq.read_table(each / CHARTS, partitioning=None)) for each in folders)
         except StoreUnreadable:
             raise
         except (OSError, ValueError, KeyError, EOFError, pa.ArrowException):
@@ -175,6 +174,10 @@ class Traces:
         if any(self._not_theirs(_texts(piece, column), self.own) for column in columns):
             return True
         return "subject" in piece.column_names and bool(_split(piece, self.subject)[0].num_rows)
+
+    def _charted(self, charts: pa.Table) -> bool:
+        voxels = _texts(charts, "voxels") if "voxels" in charts.column_names else set()
+        return self._not_theirs(_texts(charts, "scan"), self.scans) or not voxels <= self.their_voxels
 
     def _not_theirs(self, scans: Set[str], ours: Set[str]) -> bool:
         return not scans <= self.their_scans or bool(scans & ours)
