@@ -95,7 +95,7 @@ class IndexStopped(Stopped):
     """Ctrl-C or SIGTERM, with a `report` of what is committed."""
 
     def __init__(self, report: IndexReport, todo: int) -> None:
-        done = f"of {todo} scans {len(report.encoded)} are encoded and stay"
+        done = f"of {todo} scans {len(report.encoded)} are encoded and stay" if todo else "every scan is encoded"
         super().__init__(f"index was stopped; {done}", "run the same command again: it goes on from there")
         self.report = report
 

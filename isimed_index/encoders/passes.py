@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from isimed_index.encoders.runtimes.checked import relative_errors
+from isimed_index.encoders.runtimes.checked import BOUNDS, relative_errors
 from isimed_index.encoders.runtimes.kind import Maps
 
 _STEPS = 2  # of the network, along each edge of the noise beyond a patch
@@ -43,7 +43,7 @@ def passes_hold(network: nn.Module, patch: int, stride: int) -> bool:
     if any(maps.shape[2:] != (_STEPS + 1,) * 3 for maps in whole.values()):
         return False
     inside = {name: maps[0][(slice(None), *places.T)].T[:, :, None, None, None] for name, maps in whole.items()}
-    return relative_errors(inside, alone).within("fp32")
+    return relative_errors(inside, alone).within(BOUNDS["fp32"])
 
 
 def _run(network: nn.Module, values: NDArray[np.float32]) -> Maps:
