@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from isimed_index.config import PretrainConfig
 from isimed_index.encode import (
@@ -233,6 +234,16 @@ def test_two_segments_of_one_content_are_both_written(tmp_path: Path) -> None:
     assert [done.task for done in results] == [task, twin]
     assert results[0].staged != results[1].staged
     np.testing.assert_array_equal(*map(vectors_of, results))
+
+
+def test_products_of_numpy_have_one_thread_while_threads_encode() -> None:
+    def number() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        with workers("threads") as where:
+            assert where.submit(lambda _: number(), None, "asked").result() == {1}
+        assert number() == {2}
 
 
 def test_a_worker_whose_disk_is_full_costs_its_scan_and_leaves_nothing(

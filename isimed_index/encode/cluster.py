@@ -230,9 +230,17 @@ def check_scheduler(scheduler: str) -> None:
 
 @contextmanager
 def _threads() -> Iterator[Threads]:
+    """Threads of this process; NumPy's products have one thread meanwhile, as in Dask's workers.
+
+    With more, each of their many small products waits until a core is free for its second half, and the network has
+    them all: resampling a head took 2 s of a core instead of 0.04.
+    """
+    from threadpoolctl import threadpool_limits
+
     executor = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="encode")
     try:
-        yield Threads(executor)
+        with threadpool_limits(1, user_api="blas"):
+            yield Threads(executor)
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -148,16 +148,20 @@ def batches(
     """The batches of `steps` in order, drawn ahead by `sampler_threads` background threads, one step each.
 
     An error while drawing is raised where its batch is asked for. Close the iterator (`contextlib.closing`) where it is
-    not used up: steps that are being drawn are finished, others are not begun, and no thread is left.
+    not used up: steps that are being drawn are finished, others are not begun, and no thread is left. NumPy's products
+    have one thread meanwhile: with more, they would wait for cores that the training has.
     """
+    from threadpoolctl import threadpool_limits
+
     threads = config.sampler_threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
     ahead = threads + 1  # one is ready while every thread is at work
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler", initializer=give_way)
     try:
         coming: deque[Future[Batch]] = deque()
-        for begun, _ in enumerate(steps):
-            while len(coming) <= ahead and begun + len(coming) < len(steps):
-                coming.append(pool.submit(draw, cohort, config, steps[begun + len(coming)], share))
-            yield coming.popleft().result()
+        with threadpool_limits(1, user_api="blas"):
+            for begun, _ in enumerate(steps):
+                while len(coming) <= ahead and begun + len(coming) < len(steps):
+                    coming.append(pool.submit(draw, cohort, config, steps[begun + len(coming)], share))
+                yield coming.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pretraining import STILL, config, sources, volume
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from isimed_index.config import Augmentation, PretrainConfig, pretrain_config
 from isimed_index.errors import ScanRefused, UsageError
@@ -39,6 +40,10 @@ def one_thread() -> None:
 
 def cohort(count: int, budget: int = 10**9) -> Cohort:
     return Cohort(sources(count), budget)
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"][:1]
 
 
 def flat(value: float) -> Volume:
@@ -345,18 +350,21 @@ def test_threads_change_nothing_and_none_is_left(threads: int) -> None:
 
 def test_threads_give_way_to_the_training_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    priorities, computing = [], []
+    priorities, computing, multiplying = [], [], set[int]()
 
     def noting(*arguments: Any) -> Any:
+        multiplying.update(blas_threads())
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         computing.append(torch.get_num_threads())
         return draw(*arguments)
 
     monkeypatch.setattr(sampler, "draw", noting)
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    list(batches(Cohort(sources(2), 2**30), config(), range(2)))
+    with threadpool_limits(2, user_api="blas"):
+        list(batches(Cohort(sources(2), 2**30), config(), range(2)))
+        assert blas_threads() == [2]
     assert min(priorities) > before
-    assert set(computing) == {1}
+    assert set(computing) == multiplying == {1}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     assert torch.get_num_threads() == 2
     with ThreadPoolExecutor(1) as pool:
