@@ -17,7 +17,7 @@ from isimed_index.space import Affine, apply_affine, inverse
 AGREES_MM = 6.0
 _FLOOR = 1e-6  # mm², relative: keeps a fit to coplanar points solvable, and changes no other
 _AT_ONCE = 256  # windows whose vectors are gathered together, some 10 MB
-_ROOM = 1 << 26  # similarities in memory at once, 256 MB
+_ROOM = 1 << 26  # similarities in memory at once, 256 MB of a thread
 _FEW = 64  # rows of similarities that are compared while they are in the processor's cache
 
 
@@ -74,9 +74,9 @@ def mutual_matches(
     best = np.empty(len(a), dtype=np.int64)
     back = np.full(len(b), -np.inf, dtype=np.float32)
     back_from = np.zeros(len(b), dtype=np.int64)
-    room = np.empty(
-        (min(block, len(a)), len(b)), np.float32
-    )  # fresh memory for each block costs as much as the products
+    block = max(_FEW, min(block, _ROOM // max(1, len(b))))
+    # Fresh memory for each block would cost as much as the products.
+    room = np.empty((min(block, len(a)), len(b)), np.float32)
     for start in range(0, len(a), block):
         similarity = np.matmul(a[start : start + block], b.T, out=room[: len(a) - start])  # (block, m)
         best[start : start + block] = similarity.argmax(1)

@@ -122,13 +122,27 @@ class Lookup:
             raise NotFound(
                 f"encoder {self.card.name!r} has no canonical frame in this store", next_step="run isimed index first"
             )
-        return read_frame(path, self.snapshot.voxels_of)
+        frame = read_frame(path, self.snapshot.voxels_of)
+        if frame.awaited:
+            encoded = self._encoded_scans
+            lacking = sum(scan not in frame.charts for scan in encoded)
+            warnings.warn(
+                f"{lacking} of {len(encoded)} encoded scans have no chart yet, and cannot answer: isimed index was "
+                f"interrupted, or is at work. Next: isimed index",
+                StoreWarning,
+                stacklevel=4,
+            )
+        return frame
+
+    @cached_property
+    def _encoded_scans(self) -> dict[str, Segment]:
+        """The segment of each scan with living patches."""
+        return {scan: found for scan, found in self.snapshot.segments_by_scan(self.card.id).items() if found.rows}
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
         """The segment of each scan that has a chart and living patches."""
-        found = self.snapshot.segments_by_scan(self.card.id)
-        return {scan: segment for scan, segment in found.items() if scan in self.frame.charts and segment.rows}
+        return {scan: segment for scan, segment in self._encoded_scans.items() if scan in self.frame.charts}
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -161,7 +175,8 @@ class Lookup:
         """A stored scan as the place of a question."""
         row = self.snapshot.scan_row(scan)
         if scan not in self.segments:
-            raise NotFound(f"scan {scan!r} is not encoded by {self.card.name!r}", next_step="run isimed index")
+            lacks = "has no chart in the frame of" if scan in self._encoded_scans else "is not encoded by"
+            raise NotFound(f"scan {scan!r} {lacks} {self.card.name!r}", next_step="run isimed index")
         return Source(scan, row["subject"], self.geometry(scan), self.lattice(scan), self.frame.charts[scan])
 
     def source_of_file(self, path: Path, device: str = "auto") -> Source:

@@ -60,8 +60,8 @@ class Neighbours:
     def _among(self, where: str | None) -> RowIds | None:
         if where is None:
             return None
-        chosen: RowIds = self.snapshot.matching("patches", where, ["patch"]).column("patch").to_numpy()
-        return chosen
+        chosen = self.snapshot.matching("patches", where, ["patch"]).column("patch").to_numpy()  # of every encoder
+        return np.intersect1d(chosen, np.concatenate([segment.row_ids for segment in self.segments]))
 
     def _rows(self, hits: Hits) -> pa.Table:
         import pyarrow as pa

@@ -30,6 +30,7 @@ SIGNATURES = {
     "transform": "scan, reference=None, kind=None",
     "lookup": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', cycle=False, "
     "exact=False, encoder=None",
+    "search": "vectors, k=10, where=None, exact=False, encoder=None",
     "search_patches": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', "
     "cycle=False, exact=False, encoder=None",
     "sql": "query, params=None, timeout_s=30.0",

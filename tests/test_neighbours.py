@@ -87,6 +87,22 @@ def test_one_vector_is_one_query_and_finds_itself_first(store: Store) -> None:
     assert found.column("query").to_pylist() == [0, 0, 0]
 
 
+def test_patches_of_another_encoder_count_for_nothing(cohort: Cohort, tmp_path: Path) -> None:
+    shutil.copytree(cohort.store, tmp_path / "copy.isimed")
+    store = isi.open(tmp_path / "copy.isimed", mode="a")
+    ids, vectors = everything(store)
+    first = store.encoder().id
+    store.index(add_random_encoder(store.path, "other", seed=1), where=f"scan = '{COPIES[1].stem}'")
+    asked: list[int] = []
+    neighbours = store._lookup(first).neighbours
+    search = neighbours.index.search
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours.index, "search", lambda q, k, among, **o: asked.extend(among) or search(q, k, among))
+        found = store.search(vectors[:3], 5, where="true", encoder=first)
+    assert asked == ids.tolist()
+    assert found.num_rows == 15
+
+
 def test_what_is_deleted_is_not_found_any_more(cohort: Cohort, tmp_path: Path) -> None:
     shutil.copytree(cohort.store, tmp_path / "copy.isimed")
     store = isi.open(tmp_path / "copy.isimed", mode="a")

@@ -117,7 +117,8 @@ def _one_side(exact: ExactIndex, held_out: RowIds) -> RowIds:
     row_ids, height = [], []
     for ids, vectors in exact.pieces(None):
         row_ids.append(ids)
-        height.append(np.asarray(vectors, dtype=np.float32) @ axis)
+        # Not by BLAS, which may tell of invalid values where there are none: in what lies behind a short row.
+        height.append(np.einsum("nd,d->n", np.asarray(vectors, dtype=np.float32), axis))
     keep = max(1, int(_FILTER_SHARE * len(exact)))
     return np.sort(np.concatenate(row_ids)[np.argsort(np.concatenate(height), kind="stable")[:keep]])
 
