@@ -14,6 +14,7 @@ import pytest
 import torch
 from clusters import Processes, processes, two_networks, wait_for
 from cohorts import segment_vectors, shifted_heads
+from distributed import Client
 
 import isimed_index as isi
 from isimed_index.store.repository import Repository
@@ -187,6 +188,8 @@ def test_coordinator_and_scheduler_may_die_and_what_was_committed_stays(
         wait_for(lambda: len(committed(store)) == 4)
         os.killpg(first.pid, signal.SIGKILL)
         kept = committed(store)
+        with Client(address) as client:  # until then the worker may go on with what the first one asked for
+            wait_for(lambda: not client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
         hold.write_text("10")  # two that were begun for the first one, and four
         second = index(ours, store, address)
