@@ -1,6 +1,6 @@
 """What each training method makes of the same cohort in the same time: the paper's, the default, and no training.
 
-    python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--out FILE.json]
+    python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--keep FOLDER] [--out FILE.json]
 
 FOLDER holds real heads (docs/how-to/real-test-data.md: `ixi`). All methods train the same trunk (`StemNet` of one
 width) on the training subjects, on one core, for as many steps as fit into the minutes, as two short trials of each
@@ -8,7 +8,8 @@ method tell; two trainings run side by side. The paper's methods take 256 patche
 paper's own batch few steps fit. `dense` has the paper's objective alone, but the sampling of `default`: hundreds of
 overlapping patches of every crop; `isimed-scaled` the paper's objective in units of 100 mm, at which the trunk's heads
 begin. `random` is the untrained trunk, its features whitened on three heads. Everything
-that is trained is searched as its card says.
+that is trained is searched as its card says. This takes hours: with `--keep` the store and every row that is whole stay
+in a folder, and the same command goes on after them.
 
 Then test heads, which no method has seen and on which nothing was chosen, are matched in all ordered pairs, the target
 as it is and under each change of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
@@ -29,12 +30,14 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,14 +96,16 @@ def judged(data: Path, heads: int) -> list[str]:
     return heads_of(data, "test")[CHOSEN_ON:][:heads]
 
 
-def build_store(data: Path, folder: Path, heads: int) -> Path:
-    """A store of all training heads, and of the test heads that are matched, with their label maps."""
+def build_store(data: Path, path: Path, heads: int) -> None:
+    """A store at `path` of all training heads, and of the test heads that are matched, with their label maps."""
     images = data / "ixi" / "t1"
-    store = isi.create(folder / "cohort.isimed")
+    begun = path.with_suffix(".begun")
+    shutil.rmtree(begun, ignore_errors=True)
+    store = isi.create(begun)
     store.add([images / f"{subject}_T1.nii.gz" for subject in heads_of(data, "train")])
     labels = str(data / "ixi" / "seg" / "{stem}_DLMUSE.nii.gz")
     store.add([images / f"{subject}_T1.nii.gz" for subject in judged(data, heads)], labels=labels)
-    return store.path
+    begun.rename(path)
 
 
 def train(path: Path, name: str, seed: int, steps: int, data: Path, scans: int = 0) -> dict[str, Any]:
@@ -309,31 +314,40 @@ def called(arguments: list[str]) -> Any:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def compared(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every method with every seed: trained, two at a time, then judged."""
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
-        path = build_store(given.data, Path(place), given.heads)
-        shared = ["--data", str(given.data), "--heads", str(given.heads), "--store", str(path)]
-        names = [name for name in [*RECIPES, RANDOM] if name in (given.only or [*RECIPES, RANDOM])]
+def compared(given: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
+    """Every method with every seed, trained, two at a time, then judged; what lies in `place` is not done again."""
+    path, done, trials = place / "cohort.isimed", place / "rows.jsonl", place / "steps.json"
+    if not path.exists():
+        build_store(given.data, path, given.heads)
+    shared = ["--data", str(given.data), "--heads", str(given.heads), "--store", str(path)]
+    names = [name for name in [*RECIPES, RANDOM] if name in (given.only or [*RECIPES, RANDOM])]
+    steps = json.loads(trials.read_text()) if trials.exists() else {RANDOM: 0}
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
 
-        def fitting(name: str) -> int:
-            return 0 if name == RANDOM else called([*shared, "--minutes", str(given.minutes), "--trial", name])
+    def fitting(name: str) -> int:
+        return int(called([*shared, "--minutes", str(given.minutes), "--trial", name]))
 
-        steps = dict(zip(names, pool.map(fitting, names), strict=True))
-        print(json.dumps(steps), file=sys.stderr, flush=True)
+    def one(task: tuple[int, str]) -> dict[str, Any]:
+        seed, name = task
+        row: dict[str, Any] = {"method": name, "seed": seed}
+        encoder = f"{RANDOM}{seed}"
+        if name != RANDOM:
+            row |= called([*shared, "--train", name, "--seed", str(seed), "--steps", str(steps[name])])
+            encoder = row["encoder"]
+        row |= called([*shared, "--judge", encoder])
+        with done.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
 
-        def one(task: tuple[int, str]) -> dict[str, Any]:
-            seed, name = task
-            row: dict[str, Any] = {"method": name, "seed": seed}
-            encoder = f"{RANDOM}{seed}"
-            if name != RANDOM:
-                row |= called([*shared, "--train", name, "--seed", str(seed), "--steps", str(steps[name])])
-                encoder = row["encoder"]
-            row |= called([*shared, "--judge", encoder])
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            return row
-
-        return list(pool.map(one, itertools.product(range(given.seeds), names)))
+    with ThreadPoolExecutor(2) as pool:
+        new = [name for name in names if name not in steps]
+        steps |= dict(zip(new, pool.map(fitting, new), strict=True))
+        trials.write_text(json.dumps(steps))
+        tasks = list(itertools.product(range(given.seeds), names))
+        known = {(row["seed"], row["method"]): row for row in rows}
+        known |= {(row["seed"], row["method"]): row for row in pool.map(one, [t for t in tasks if t not in known])}
+    return [known[task] for task in tasks]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -366,6 +380,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heads", type=int, default=6, help="test heads that are matched")
     parser.add_argument("--only", action="append", choices=[*RECIPES, RANDOM])
+    parser.add_argument(
+        "--keep", type=Path, help="folder of what is done, to go on from; of one --data, --minutes, --heads"
+    )
     parser.add_argument("--out", type=Path)
     for hidden in ("--store", "--trial", "--train", "--judge"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -384,7 +401,9 @@ def main() -> int:
     if given.judge:
         print(json.dumps(Judge(Path(given.store), given.judge, given.data, given.heads).figures()))
         return 0
-    rows = compared(given)
+    with nullcontext(given.keep) if given.keep else tempfile.TemporaryDirectory() as place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        rows = compared(given, Path(place))
     print(table(rows))
     if given.out:
         given.out.write_text(
