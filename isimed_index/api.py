@@ -287,7 +287,7 @@ class Store:
             tensorboard: folder that gets the curves as event files (extra `tensorboard`).
             wandb: project of Weights & Biases that gets the curves (extra `wandb`).
         """
-        from isimed_index.pretrain.threads import rest_soon
+        from isimed_index.pretrain.sharing import rest_soon
 
         rest_soon()  # before what imports PyTorch
         from isimed_index.config import pretrain_config

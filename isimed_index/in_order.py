@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from isimed_index.blas import one_blas_thread
+from isimed_index.limits import cores
 
 _MOST = 16  # threads: more of them wait for memory, and each has its own results in it
 _A = TypeVar("_A")
@@ -19,11 +21,9 @@ def in_order(function: Callable[[_A], _R], items: Iterable[_A], threads: int | N
     NumPy's linear algebra uses one thread in each of them meanwhile, so that results do not depend on how many there
     are. After an error, Ctrl-C or `close` nothing is begun any more, and what is running is waited for.
     """
-    from threadpoolctl import threadpool_limits
-
-    threads = threads or min(_MOST, _cores())
+    threads = threads or min(_MOST, cores())
     waiting: deque[Future[_R]] = deque()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads, thread_name_prefix="in-order") as executor:
+    with one_blas_thread(), ThreadPoolExecutor(threads, thread_name_prefix="in-order") as executor:
         try:
             for item in items:
                 waiting.append(executor.submit(function, item))
@@ -34,8 +34,3 @@ def in_order(function: Callable[[_A], _R], items: Iterable[_A], threads: int | N
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -477,30 +477,3 @@ class TestMachine:
         probe = machine.open_files(soft, hard)
         assert probe.status == status
         assert ("administrator" in probe.next_step) == (hard == 512)
-
-    def test_limits_of_control_groups(self, tmp_path: Path):
-        def write(path: str, text: str) -> None:
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_text(text + "\n")
-
-        assert machine.cgroup_limits(tmp_path, "0::/pod/job") == machine.Limits(None, None)
-        write("pod/job/cpu.max", "max 100000")
-        write("pod/job/memory.max", "max")
-        assert machine.cgroup_limits(tmp_path, "0::/pod/job") == machine.Limits(None, None)
-        write("pod/cpu.max", "150000 100000")
-        write("pod/memory.max", str(GIB))
-        assert machine.cgroup_limits(tmp_path, "0::/pod/job") == machine.Limits(1.5, GIB)
-        assert machine.cgroup_limits(tmp_path, "0::/other") == machine.Limits(None, None)
-
-    def test_limits_of_control_groups_of_version_1(self, tmp_path: Path):
-        for path, text in {
-            "cpu/job/cpu.cfs_quota_us": "50000",
-            "cpu/job/cpu.cfs_period_us": "100000",
-            "cpu/cpu.cfs_quota_us": "-1",
-            "cpu/cpu.cfs_period_us": "100000",
-            "memory/job/memory.limit_in_bytes": str(GIB),
-        }.items():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_text(text)
-        groups = "4:memory:/job\n2:cpu,cpuacct:/job\n1:name=systemd:/job\n0::/"
-        assert machine.cgroup_limits(tmp_path, groups) == machine.Limits(0.5, GIB)

@@ -47,6 +47,7 @@ from isimed_index.encoders.runtimes import exported
 from isimed_index.encoders.runtimes.kind import Runtime
 from isimed_index.errors import MissingExtra, RuntimeMismatch, StoreDamaged, StoreFull, UsageError, WorkerFailed
 from isimed_index.lattice import FILE, Standard
+from isimed_index.limits import cores
 from isimed_index.pretrain.trainer import new_card
 from isimed_index.scans.chunks import write_chunks
 from isimed_index.scans.prepare import Volume
@@ -238,7 +239,7 @@ def test_two_segments_of_one_content_are_both_written(tmp_path: Path) -> None:
 
 def test_products_of_numpy_have_one_thread_while_threads_encode() -> None:
     def number() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        return {pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]}
 
     with threadpool_limits(2, user_api="blas"):
         with workers("threads") as where:
@@ -358,7 +359,7 @@ def test_processes_give_what_threads_give(tmp_path: Path) -> None:
     logged = Errors()
     logging.getLogger("distributed.scheduler").addHandler(logged)
     made = tasks(tmp_path, 2)
-    torch.set_num_threads(cluster._cores())  # bits depend on the number of threads of a pass
+    torch.set_num_threads(cores())  # bits depend on the number of threads of a pass
     here = encoded(made)
     broken = replace(made[0], number=2, chunks=str(tmp_path / "gone.zarr"))
     there = encoded([*made, broken], "processes:1")
@@ -384,7 +385,7 @@ def openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 def test_workers_use_the_runtime_of_their_task_and_say_so(tmp_path: Path, openvino: Runtime) -> None:
     task = tasks(tmp_path, 1)[0]
-    torch.set_num_threads(cluster._cores())
+    torch.set_num_threads(cores())
     made = [replace(task, number=n, runtime=runtime) for n, runtime in enumerate([Runtime("torch"), *[openvino] * 3])]
     by_torch, *others = encoded(made[:3]) + encoded(made[3:], "processes:1")
     assert [done.fields["runtime"]["name"] for done in (by_torch, *others)] == ["torch", *["openvino"] * 3]

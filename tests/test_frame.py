@@ -122,7 +122,7 @@ def test_at_a_coarse_stride_a_chart_is_that_of_all_points():
 
 
 def test_neither_the_order_of_scans_nor_threads_change_a_bit(frame: Frame, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("isimed_index.in_order._cores", lambda: 3)
+    monkeypatch.setattr("isimed_index.in_order.cores", lambda: 3)
     turned = {scan: body(truth, noise=0.05) for scan, truth in reversed(TRUTH.items())}
     again = fit_frame("e", STANDARD, turned)
     assert list(again.charts) == list(frame.charts)

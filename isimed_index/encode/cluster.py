@@ -18,8 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from isimed_index.blas import one_blas_thread
 from isimed_index.encode.scan import AT_ONCE
 from isimed_index.errors import IsimedError, IsimedWarning, MissingExtra, UsageError, WorkerFailed
+from isimed_index.limits import cores
 
 if TYPE_CHECKING:
     from isimed_index.encoders.runtimes.trial import Choice, Job
@@ -191,7 +193,7 @@ def workers(scheduler: str = "threads") -> Iterator[Workers]:
             yield listening
     elif kind == "processes":
         processes = _how_many(count) if ":" in scheduler else _by_cores()
-        share = max(1, _cores() // processes)
+        share = max(1, cores() // processes)
         with _processes(processes, share) as cluster, _connected(cluster) as client:  # noqa: SIM117 — a line too long
             with _listening(Cluster(client, share)) as listening:
                 yield listening
@@ -235,11 +237,9 @@ def _threads() -> Iterator[Threads]:
     With more, each of their many small products waits until a core is free for its second half, and the network has
     them all: resampling a head took 2 s of a core instead of 0.04.
     """
-    from threadpoolctl import threadpool_limits
-
     executor = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="encode")
     try:
-        with threadpool_limits(1, user_api="blas"):
+        with one_blas_thread():
             yield Threads(executor)
     finally:
         executor.shutdown(cancel_futures=True)
@@ -319,13 +319,7 @@ def _how_many(count: str) -> int:
 
 def _by_cores() -> int:
     """A process for each core of a small machine; on a large one fewer, because each holds two scans in memory."""
-    return min(_cores(), max(_PROCESSES, _cores() // _PROCESSES))
-
-
-def _cores() -> int:
-    from dask.system import CPU_COUNT  # which also knows the limits of a container
-
-    return int(CPU_COUNT)
+    return min(cores(), max(_PROCESSES, cores() // _PROCESSES))
 
 
 @dataclass(frozen=True, slots=True)

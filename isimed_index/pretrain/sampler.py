@@ -6,7 +6,6 @@ its own, ahead of the training, in any order.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,11 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from isimed_index.blas import one_blas_thread
 from isimed_index.config import PretrainConfig
 from isimed_index.errors import UsageError
+from isimed_index.limits import cores
 from isimed_index.pretrain.cohort import Cohort, Source, TrainingScan
 from isimed_index.pretrain.holes import disturbed
-from isimed_index.pretrain.threads import give_way
+from isimed_index.pretrain.sharing import give_way
 from isimed_index.pretrain.views import cut, random_pose, reach, recolour, view_affine
 from isimed_index.space import Affine, apply_affine
 
@@ -151,14 +152,12 @@ def batches(
     not used up: steps that are being drawn are finished, others are not begun, and no thread is left. NumPy's products
     have one thread meanwhile: with more, they would wait for cores that the training has.
     """
-    from threadpoolctl import threadpool_limits
-
-    threads = config.sampler_threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+    threads = config.sampler_threads or min(_MOST_THREADS, max(1, cores() // 2))
     ahead = threads + 1  # one is ready while every thread is at work
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sampler", initializer=give_way)
     try:
         coming: deque[Future[Batch]] = deque()
-        with threadpool_limits(1, user_api="blas"):
+        with one_blas_thread():
             for begun, _ in enumerate(steps):
                 while len(coming) <= ahead and begun + len(coming) < len(steps):
                     coming.append(pool.submit(draw, cohort, config, steps[begun + len(coming)], share))

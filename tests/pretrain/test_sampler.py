@@ -27,7 +27,7 @@ from isimed_index.errors import ScanRefused, UsageError
 from isimed_index.grid import Box
 from isimed_index.pretrain import sampler
 from isimed_index.pretrain.sampler import Cohort, batches, draw, scans_of
-from isimed_index.pretrain.threads import rest_soon
+from isimed_index.pretrain.sharing import rest_soon
 from isimed_index.scans.prepare import Intensity, Volume, prepare
 from isimed_index.space import apply_affine, inverse
 from isimed_index.testing.templates import ellipsoid_head
@@ -43,7 +43,7 @@ def cohort(count: int, budget: int = 10**9) -> Cohort:
 
 
 def blas_threads() -> list[int]:
-    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"][:1]
+    return [pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]]
 
 
 def flat(value: float) -> Volume:
