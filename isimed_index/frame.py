@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,10 @@ def _fit_charts(
 ) -> dict[str, Chart]:
     """The charts of all scans in `starts`, each from its start if it has one; no chart depends on another."""
     charts = {}
-    found = in_order(lambda scan: fit_chart(lattices[scan], template, starts[scan]), starts)
-    for scan, chart in zip(starts, found, strict=True):
-        charts[scan] = chart
-        progress.advance(1, f"residual {chart.residual_mm:.1f} mm")
+    with closing(in_order(lambda scan: fit_chart(lattices[scan], template, starts[scan]), starts)) as found:
+        for scan, chart in zip(starts, found, strict=True):
+            charts[scan] = chart
+            progress.advance(1, f"residual {chart.residual_mm:.1f} mm")
     return charts
 
 
@@ -147,7 +148,8 @@ def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart],
     believed = {scan: chart.affine for scan, chart in charts.items() if chart.holds} or {
         scan: charts[scan].affine for scan in charts if lattices[scan].mask.any()
     }
-    ends = np.concatenate([*in_order(lambda scan: apply_affine(believed[scan], _corners(lattices[scan])), believed)])
+    with closing(in_order(lambda scan: apply_affine(believed[scan], _corners(lattices[scan])), believed)) as corners:
+        ends = np.concatenate(list(corners))
     low, high = ends.min(axis=0), ends.max(axis=0)
     shape = np.ceil((high - low) / step_mm).astype(int) + 1
     affine = np.diag([step_mm, step_mm, step_mm, 1.0])
@@ -161,9 +163,10 @@ def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart],
         rows = np.flatnonzero(share)
         return rows, vectors[rows] * share[rows, None].astype(np.float32), share[rows]
 
-    for rows, vectors, share in in_order(seen, believed):
-        total[rows] += vectors
-        weight[rows] += share
+    with closing(in_order(seen, believed)) as samples:
+        for rows, vectors, share in samples:
+            total[rows] += vectors
+            weight[rows] += share
     unit = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
     # A point that a single odd scan reaches is no part of the template, unless there are few scans.
     mask = weight >= min(1.0, 0.5 + 0.05 * len(believed))

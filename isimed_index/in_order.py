@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,11 +15,14 @@ _A = TypeVar("_A")
 _R = TypeVar("_R")
 
 
-def in_order(function: Callable[[_A], _R], items: Iterable[_A], threads: int | None = None) -> Iterator[_R]:
+def in_order(
+    function: Callable[[_A], _R], items: Iterable[_A], threads: int | None = None
+) -> Generator[_R, None, None]:
     """Yield `function(item)` of each item, computed by `threads` threads (None: one for each core).
 
     NumPy's linear algebra uses one thread in each of them meanwhile, so that results do not depend on how many there
-    are. After an error, Ctrl-C or `close` nothing is begun any more, and what is running is waited for.
+    are. After an error, Ctrl-C or `close` nothing is begun any more, and what is running is waited for; `close` it
+    (`contextlib.closing`) where it may not be used up, or that waits for the garbage collector.
     """
     threads = threads or min(_MOST, cores())
     waiting: deque[Future[_R]] = deque()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +14,18 @@ from affines import affine_of
 
 from isimed_index.consensus import agreement, fit_pair
 from isimed_index.errors import StoreDamaged
-from isimed_index.frame import Chart, Frame, extend_frame, fit_chart, fit_frame, read_frame, write_frame
+from isimed_index.frame import (
+    Chart,
+    Frame,
+    _mean_template,
+    extend_frame,
+    fit_chart,
+    fit_frame,
+    read_frame,
+    write_frame,
+)
 from isimed_index.lattice import Lattice, Standard, thinned
+from isimed_index.progress import Silent
 from isimed_index.space import apply_affine, inverse
 
 BODY_MM = 45.0  # radius of the ball that is foreground
@@ -213,6 +225,48 @@ def test_an_empty_scan_does_not_disturb_the_others():
     frame = fit_frame("e", STANDARD, lattices | {"empty": body(np.eye(4), radius_mm=0.0)})
     assert not frame.charts["empty"].holds
     assert error_mm(frame, "scan-0", "scan-1", TRUTH) < 8.0
+
+
+class Stopping(Silent):
+    def advance(self, n: int = 1, note: str = "") -> None:
+        raise KeyboardInterrupt
+
+
+class NotAdded(np.ndarray):
+    """Vectors by which a sum is interrupted."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **_: Any) -> Any:
+        if ufunc is np.add:
+            raise KeyboardInterrupt
+        return getattr(ufunc, method)(*(np.asarray(each) for each in inputs)).view(NotAdded)
+
+
+class Interrupting(Lattice):
+    def sample(self, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        vectors, share = super().sample(points_mm)
+        return vectors.view(NotAdded), share
+
+
+def threads_at_work() -> bool:
+    return any(thread.name.startswith("in-order") for thread in threading.enumerate())
+
+
+def test_ctrl_c_among_charts_leaves_no_thread_at_work():
+    lattices = {scan: body(truth) for scan, truth in TRUTH.items()}
+    with pytest.raises(KeyboardInterrupt) as caught:  # who holds the error holds its frames, and what is in these
+        fit_frame("e", STANDARD, lattices, progress=Stopping())
+    assert not threads_at_work()
+    assert caught.tb
+
+
+def test_ctrl_c_in_a_template_leaves_no_thread_at_work():
+    bodies = {scan: body(truth) for scan, truth in TRUTH.items()}
+    lattices = {scan: Interrupting(each.vectors, each.mask, each.affine) for scan, each in bodies.items()}
+    charts = {scan: Chart(truth, 1.0, 9, 1.0) for scan, truth in TRUTH.items()}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        _mean_template(lattices, charts, 8.0)
+    assert not threads_at_work()
+    assert caught.tb
 
 
 def test_a_cohort_of_one():
