@@ -26,6 +26,7 @@ from isimed_index.frame import (
     fit_frame,
     median_scan,
     read_frame,
+    without_patches,
     write_frame,
 )
 from isimed_index.lattice import Lattice, Standard, read_lattice
@@ -97,7 +98,10 @@ class _Work:
     def next_frame(self, progress: Progress) -> Frame:
         """The frame with some more charts."""
         if self.grown is None:
-            founders = {scan: self.segments[scan] for scan in _founders(list(self.segments))}
+            living = [scan for scan, segment in self.segments.items() if segment.rows]
+            if not living:
+                raise without_patches(len(self.segments))
+            founders = {scan: self.segments[scan] for scan in _founders(living)}
             standard = sampled_standard(self.card, list(founders.values()))
             median = median_scan({scan: segment.rows for scan, segment in founders.items()})
             first = read_lattice(founders[median], self.card.match_output, standard, WINDOW_MM)

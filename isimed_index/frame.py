@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from isimed_index.consensus import agreement, fit_pair
 from isimed_index.contracts import conform
-from isimed_index.errors import StoreDamaged
+from isimed_index.errors import NotFound, StoreDamaged
 from isimed_index.in_order import in_order
 from isimed_index.lattice import Lattice, Points, Standard, Vectors, thinned
 from isimed_index.progress import Progress, Silent
@@ -81,7 +81,8 @@ def fit_frame(
     """Fit template and charts to the lattices of a cohort, from nothing.
 
     `rounds` is how often all scans are matched to the template; `first` is the first template, by default the scan with
-    the median number of patches. A lattice is asked for whenever it is needed, from several threads, and not kept.
+    the median number of patches. A lattice is asked for whenever it is needed, in several threads at once; whether the
+    mapping reads it again then, or keeps it, is the mapping's to say. `NotFound` where no lattice has a patch.
     """
     progress = progress or Silent()
     scans = sorted(lattices)  # in the order of names: a sum of floats depends on its order
@@ -148,6 +149,8 @@ def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart],
     believed = {scan: chart.affine for scan, chart in charts.items() if chart.holds} or {
         scan: charts[scan].affine for scan in charts if lattices[scan].mask.any()
     }
+    if not believed:
+        raise without_patches(len(lattices))
     with closing(in_order(lambda scan: apply_affine(believed[scan], _corners(lattices[scan])), believed)) as corners:
         ends = np.concatenate(list(corners))
     low, high = ends.min(axis=0), ends.max(axis=0)
@@ -171,6 +174,14 @@ def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart],
     # A point that a single odd scan reaches is no part of the template, unless there are few scans.
     mask = weight >= min(1.0, 0.5 + 0.05 * len(believed))
     return Lattice(unit.reshape(*shape, dim), mask.reshape(shape), affine)
+
+
+def without_patches(scans: int) -> NotFound:
+    """The error for scans whose every patch was deleted."""
+    return NotFound(
+        f"none of {scans} scans has a patch, so there is nothing to make a frame of",
+        next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
+    )
 
 
 def _corners(lattice: Lattice) -> Points:

@@ -13,6 +13,7 @@ from cohorts import shifted_heads
 import isimed_index as isi
 from isimed_index import charting
 from isimed_index.api import Store
+from isimed_index.encoders.card import read_card
 from isimed_index.errors import NotFound, StoreWarning
 from isimed_index.frame import Chart, Frame, read_frame
 from isimed_index.progress import Silent
@@ -162,6 +163,30 @@ def test_scans_that_come_while_a_frame_grows_are_charted_too(store: Store, monke
     store.index()
     assert not fits
     assert read_frame(frame_of(store)).charts.keys() == {f"sub-{n:02d}" for n in range(SCANS - 1)}
+
+
+def test_scans_of_which_every_patch_was_deleted_found_nothing(store: Store):
+    """Here all that would be chosen among the names are such scans."""
+    without_frame(store)
+    names = [f"sub-{n:02d}" for n in range(SCANS)]
+    assert not {"sub-01", "sub-03"} & set(charting._founders(names))
+    store.delete("scan NOT IN ('sub-01', 'sub-03')", "patches")
+    store.index()
+    charts = read_frame(frame_of(store)).charts
+    assert list(charts) != names  # founders first
+    assert sorted(charts) == names
+    assert {scan for scan, chart in charts.items() if chart.holds} == {"sub-01", "sub-03"}
+    assert [match.scan for match in store.lookup((11, 19, 32), "sub-01", k=SCANS)] == ["sub-03"]
+
+
+def test_no_frame_is_made_of_scans_without_patches(store: Store):
+    from isimed_index.store.repository import Repository
+
+    without_frame(store).delete("true", "patches")
+    repository = Repository.open(store.path)
+    card = read_card(repository.snapshot().encoder_path())
+    with pytest.raises(NotFound, match="none of 7 scans has a patch"), repository.transaction("index") as transaction:
+        charting.commit_frame(transaction, card, Silent())
 
 
 def test_founders_are_spread_among_the_names(monkeypatch: pytest.MonkeyPatch):

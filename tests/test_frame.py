@@ -13,7 +13,7 @@ import pytest
 from affines import affine_of
 
 from isimed_index.consensus import agreement, fit_pair
-from isimed_index.errors import StoreDamaged
+from isimed_index.errors import NotFound, StoreDamaged
 from isimed_index.frame import (
     Chart,
     Frame,
@@ -267,6 +267,11 @@ def test_ctrl_c_in_a_template_leaves_no_thread_at_work():
         _mean_template(lattices, charts, 8.0)
     assert not threads_at_work()
     assert caught.tb
+
+
+def test_scans_without_any_patch_are_no_frame():
+    with pytest.raises(NotFound, match="none of 2 scans has a patch"):
+        fit_frame("e", STANDARD, {scan: body(np.eye(4), radius_mm=0.0) for scan in "ab"})
 
 
 def test_a_cohort_of_one():
