@@ -6,6 +6,7 @@ import json
 import pickle
 import stat
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -252,6 +253,84 @@ class TestWorkload:
             Repository(storage).snapshot().sql(COUNTS)
         assert cold["GET"] > 6
         assert (warm["GET"], warm["LIST"]) == (2, 1)  # HEAD.json, the manifests, the newest of them
+
+
+class TestThreads:
+    """Charts of a packed segment are fitted in many threads, and each of them wants all of it."""
+
+    THREADS = 8
+
+    @pytest.fixture
+    def far(self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ObjectStorage, str, list[str]]:
+        """A store as another machine sees it, slowly; its segment; and the objects that it gets, by key."""
+        small_store(url)
+        storage = ObjectStorage(url, tmp_path / "caches" / files.new_id())
+        got: list[str] = []
+        get = Bucket.get_range
+
+        def slowly(bucket: Bucket, key: str, start: int, length: int) -> bytes:
+            got.append(key)
+            time.sleep(0.2)
+            return get(bucket, key, start, length)
+
+        monkeypatch.setattr(Bucket, "get_range", slowly)
+        (artefact,) = Repository(storage).snapshot().artefacts("segment")
+        return storage, artefact.path, got
+
+    def at_once(self, fetch: Callable[[], Path]) -> list[Path | BaseException]:
+        begin = threading.Barrier(self.THREADS)
+
+        def one(_: int) -> Path | BaseException:
+            begin.wait()
+            try:
+                return fetch()
+            except BaseException as error:  # noqa: BLE001 — it is what is asked for
+                return error
+
+        with ThreadPoolExecutor(self.THREADS) as pool:
+            return list(pool.map(one, range(self.THREADS)))
+
+    def test_one_downloads_what_all_want(self, far: tuple[ObjectStorage, str, list[str]]):
+        storage, path, got = far
+        assert self.at_once(lambda: storage.fetch(path)) == [storage.root / path] * self.THREADS
+        assert len(got) == len(set(got)) == storage.size(path)[1]
+        assert storage.forget(path)
+        assert storage.fetch(path).is_dir()
+
+    def test_all_hear_of_a_failure_and_the_next_one_tries_again(
+        self, far: tuple[ObjectStorage, str, list[str]], monkeypatch: pytest.MonkeyPatch
+    ):
+        storage, path, _ = far
+        asked: list[int] = []
+
+        def fails(*_: object) -> bytes:
+            asked.append(1)
+            time.sleep(0.2)
+            raise StoreUnreachable("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "get_range", fails)
+            assert {type(each) for each in self.at_once(lambda: storage.fetch(path))} == {StoreUnreachable}
+            assert len(asked) < self.THREADS  # who comes too late to hear of it tries for itself
+        assert storage.fetch(path).is_dir()
+
+    def test_one_that_is_interrupted_leaves_it_to_the_next(
+        self, far: tuple[ObjectStorage, str, list[str]], monkeypatch: pytest.MonkeyPatch
+    ):
+        storage, path, _ = far
+        sizes, asked = ObjectStorage._sizes, []
+
+        def interrupted_once(place: ObjectStorage, relative: str) -> dict[str, int]:
+            asked.append(relative)
+            if len(asked) == 1:
+                time.sleep(0.2)
+                raise KeyboardInterrupt
+            return sizes(place, relative)
+
+        monkeypatch.setattr(ObjectStorage, "_sizes", interrupted_once)
+        ends = self.at_once(lambda: storage.fetch(path))
+        assert len(asked) == 2
+        assert [type(each) for each in ends if isinstance(each, BaseException)] == [KeyboardInterrupt]
 
 
 class TestFromEmptyCaches:

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class ObjectStorage:
         self._proven = False
         self._intents: weakref.WeakSet[RemoteClaim] = weakref.WeakSet()
         self._locks: dict[str, RemoteLock] = {}
+        self._coming: dict[str, Future[None]] = {}  # what threads of this process download at the moment
         self._guard = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ObjectStorage], tuple[str, Path, float]]:
@@ -195,11 +196,32 @@ class ObjectStorage:
     def fetch(self, relative: str) -> Path:
         """Where an artefact is in the cache, downloaded the first time; `FileNotFoundError` when it is missing.
 
-        It appears in the cache by a rename, so that of several processes none sees half of it.
+        Of several threads that want it one downloads it, and the others wait; what befalls that one befalls all, unless
+        it was interrupted.
         """
         place = self.root / relative
-        if place.exists():
-            return place
+        while not place.exists():
+            with self._guard:
+                ours = relative not in self._coming
+                coming = self._coming.setdefault(relative, Future())
+            if not ours:
+                coming.result()
+                continue
+            try:
+                if not place.exists():  # another thread may have had it just now
+                    self._download(relative, place)
+            except Exception as error:
+                coming.set_exception(error)
+                raise
+            finally:
+                with self._guard:
+                    del self._coming[relative]
+                if not coming.done():
+                    coming.set_result(None)
+        return place
+
+    def _download(self, relative: str, place: Path) -> None:
+        """Let it appear in the cache by a rename, so that of several processes none sees half of it."""
         sizes = self._sizes(relative)
         if not sizes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), relative)
@@ -214,7 +236,6 @@ class ObjectStorage:
                     raise
         finally:
             _discard(draft)
-        return place
 
     def _parts(self, key: str, size: int, file: Path) -> Iterator[Callable[[], None]]:
         """Make a file of `size` bytes, and the jobs that fill it with the content of an object."""
