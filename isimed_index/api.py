@@ -330,7 +330,7 @@ class Store:
         `encoder` is one of the store, or a folder that `export_encoder` wrote, which is imported first. `runtime` is
         torch, openvino or onnx, or `auto`: on a CPU the fastest that a short trial finds. `precision` is fp32 or bf16;
         scans that are encoded in the other one are encoded again. Ctrl-C, once it is known what is to be done, is
-        raised as a `KeyboardInterrupt` that has the `report` of what is committed.
+        raised as a `KeyboardInterrupt` that has the `report` of what is committed; so has any other error.
         """
         from isimed_index.encoders.runtimes.kind import Runtime
         from isimed_index.indexing import index_scans

@@ -39,6 +39,7 @@ class IsimedError(Exception):
 
     kind = "error"
     exit_code = 1
+    report: object = None  # what was done before, where a verb that commits as it goes ended by it
 
     def __init__(self, message: str, *, next_step: str = "") -> None:
         super().__init__(message)

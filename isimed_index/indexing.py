@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from isimed_index.charting import commit_frame
 from isimed_index.encode import (
@@ -25,7 +25,7 @@ from isimed_index.encode import (
     workers,
 )
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import Incompatible, NotFound, ScanRefused, StoreDamaged, StoreWarning
+from isimed_index.errors import Incompatible, IsimedError, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import build_index, ram_bytes
 from isimed_index.ingest.report import Refusal
@@ -49,6 +49,9 @@ from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
+
+if TYPE_CHECKING:
+    from isimed_index.encoders.runtimes.trial import Choice
 
 _NO_PATCH = ScanRefused(
     "no patch of it holds enough foreground to be encoded", next_step="use an encoder with smaller patches or spacing"
@@ -91,6 +94,29 @@ class IndexReport:
         return self.patches_per_s / self.bare_patches_per_s if known else None  # type: ignore[operator]
 
 
+@dataclass(slots=True)
+class _Encoding:
+    """How the encoding of a run goes, filled in while it does: a run that ends before its end has to tell, too."""
+
+    choice: Choice | None = None
+    pace: Pace | None = None
+    losses: Losses = field(default_factory=Losses)
+
+    def told_in(self, report: IndexReport) -> IndexReport:
+        """The report, with what is known of it by now."""
+        if self.choice is None:
+            return report
+        return replace(
+            report,
+            runtime=self.choice.runtime.name,
+            precision=self.choice.runtime.precision,
+            trial_patches_per_s=dict(self.choice.patches_per_s),
+            patches_per_s=self.pace.per_s if self.pace else None,
+            bare_patches_per_s=self.pace.bare_per_s if self.pace else None,
+            workers_lost=self.losses.workers,
+        )
+
+
 class IndexStopped(Stopped):
     """Ctrl-C or SIGTERM, with a `report` of what is committed."""
 
@@ -103,15 +129,24 @@ class IndexStopped(Stopped):
 def index_scans(repository: Repository, scans: Sequence[str], options: IndexOptions, progress: Progress) -> IndexReport:
     """Encode `scans`, fit the frame and build the index over all encoded scans; what is committed is not done again.
 
-    Ctrl-C, once it is known what is to be done, is raised as `IndexStopped`.
+    Once it is known what is to be done, Ctrl-C is raised as `IndexStopped`, and any other error has a `report` of what
+    is committed, where the store can still be read.
     """
     with repository.transaction("index") as transaction, repository.pin() as head:
         wanted = what_is_wanted(head, scans, options)
         report = IndexReport(wanted.card.id, skipped=wanted.skipped, skipped_by=_encoded_by(head, wanted))
+        encoding = _Encoding()
         try:
-            return _index(transaction, head, wanted, report, options, progress)
+            return _index(transaction, head, wanted, report, encoding, options, progress)
         except KeyboardInterrupt:
-            raise IndexStopped(_so_far(repository.snapshot(), wanted, report), len(wanted.todo)) from None
+            so_far = replace(_so_far(repository.snapshot(), wanted, encoding.told_in(report)), interrupted=True)
+            raise IndexStopped(so_far, len(wanted.todo)) from None
+        except Exception as error:
+            with suppress(
+                IsimedError, OSError
+            ):  # of a store that cannot be read any more nothing is told but the error
+                error.report = _so_far(repository.snapshot(), wanted, encoding.told_in(report))  # type: ignore[attr-defined]
+            raise
 
 
 def _index(
@@ -119,12 +154,14 @@ def _index(
     head: Snapshot,
     wanted: Wanted,
     report: IndexReport,
+    encoding: _Encoding,
     options: IndexOptions,
     progress: Progress,
 ) -> IndexReport:
     card = wanted.card
     if wanted.todo:
-        report = _encode(transaction, head, wanted, report, options, progress)
+        _encode(transaction, head, wanted, report, encoding, options, progress)
+        report = encoding.told_in(report)
     if not report.encoded and not report.skipped:
         if report.refused:
             return report
@@ -148,11 +185,11 @@ def _encoded_by(head: Snapshot, wanted: Wanted) -> dict[str, int]:
 
 
 def _so_far(now: Snapshot, wanted: Wanted, report: IndexReport) -> IndexReport:
-    """The report of a run that was stopped: the store says what is committed, whatever had been encoded by then."""
+    """The report of a run that did not end well: the store says what is committed, whatever was encoded by then."""
     segments = now.segments(wanted.card.id)
     done = {segment.task for segment in segments}
     encoded = [scan for scan in wanted.todo if wanted.keys[scan] in done]
-    return replace(report, encoded=encoded, patches=sum(segment.rows for segment in segments), interrupted=True)
+    return replace(report, encoded=encoded, patches=sum(segment.rows for segment in segments))
 
 
 def _encode(
@@ -160,36 +197,27 @@ def _encode(
     head: Snapshot,
     wanted: Wanted,
     report: IndexReport,
+    encoding: _Encoding,
     options: IndexOptions,
     progress: Progress,
-) -> IndexReport:
-    """Encode and commit what is wanted; returns the report with what became of it."""
+) -> None:
+    """Encode and commit what is wanted; `report` and `encoding` get what becomes of it, while it does."""
     points = {size.scan: size.points for size in sizes_of(head, wanted)}
     with workers(options.scheduler) as where:
         job = job_of(head, wanted, sum(points.values()), options)
         tell_of_stride(job, wanted.card, where)
-        choice = choose_runtime(job, where, progress)
+        choice = encoding.choice = choose_runtime(job, where, progress)
         bare, processes = bare_pace_on(job, where, choice), processes_now(where)
         options = replace(options, runtime=choice.runtime)
         progress.start("encode", len(points), "scans")
-        pace = Pace(points, bare * processes if bare and processes else None)
+        pace = encoding.pace = Pace(points, bare * processes if bare and processes else None)
         tasks = _tasks(_whole(head, wanted.todo, report), wanted, transaction.stage("segment"), options)
-        losses = Losses()
-        for results in encode_batches(tasks, where, losses):
+        for results in encode_batches(tasks, where, encoding.losses):
             pace.add([result.task.scan for result in results], _commit_segments(transaction, head, results, report))
             if processes_now(where) != processes:
                 pace.bare_per_s = None  # of workers that come and go nobody can say what they could have done
             progress.advance(len(results), pace.note())
         progress.finish()
-    return replace(
-        report,
-        runtime=choice.runtime.name,
-        precision=choice.runtime.precision,
-        trial_patches_per_s=dict(choice.patches_per_s),
-        patches_per_s=pace.per_s,
-        bare_patches_per_s=pace.bare_per_s,
-        workers_lost=losses.workers,
-    )
 
 
 def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,22 @@ from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rig
 import isimed_index as isi
 from isimed_index import charting, indexing, planning
 from isimed_index.api import Store
-from isimed_index.encode import cluster
+from isimed_index.encode import Encoded, EncodeTask, Losses, Workers, cluster, encode_batches
 from isimed_index.encoders.runtimes import trial
 from isimed_index.encoders.runtimes.kind import Auto, Runtime
 from isimed_index.encoders.runtimes.trial import Choice, Job
-from isimed_index.errors import IsimedWarning, NotFound, RecallBelowTarget, SqlRefused, StoreWarning, UsageError
+from isimed_index.errors import (
+    IsimedWarning,
+    NotFound,
+    RecallBelowTarget,
+    SqlRefused,
+    StoreWarning,
+    UsageError,
+    WorkerFailed,
+)
 from isimed_index.frame import read_frame
 from isimed_index.index.card import IndexCard
-from isimed_index.indexing import IndexStopped
+from isimed_index.indexing import IndexReport, IndexStopped
 from isimed_index.progress import Silent
 from isimed_index.store.transaction import Transaction
 
@@ -214,6 +223,36 @@ def test_an_interrupted_index_says_what_is_committed_and_nothing_else(
     assert report.skipped == ["sub-02_T1w"]
     assert [refusal.name for refusal in report.refused] == ["small"]
     assert (report.patches, report.recall_at_10) == (store.info()["patches"], None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, WorkerFailed, RuntimeError])
+def test_a_run_that_ends_in_its_midst_tells_what_a_whole_one_tells(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    store = isi.create(tmp_path / "store")
+    store.add([cohort.file(copy) for copy in COPIES[:3]] + [small(tmp_path)])
+    add_random_encoder(store.path)
+
+    def ends(tasks: Iterator[EncodeTask], where: Workers, losses: Losses) -> Iterator[list[Encoded]]:
+        (first, *others) = (each for batch in encode_batches(tasks, where, losses) for each in batch)
+        losses.workers += 2
+        yield [first, *(each for each in others if each.task.scan == "small")]
+        raise error("the end")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "encode_batches", ends)
+        with pytest.raises(error) as caught:
+            store.index(runtime="torch")
+    report = caught.value.report
+    assert isinstance(report, IndexReport)
+    assert report.encoded == store.sql("SELECT DISTINCT scan FROM patches").column("scan").to_pylist() != []
+    assert (len(report.encoded), report.patches) == (1, store.info()["patches"])
+    assert [refusal.name for refusal in report.refused] == ["small"]
+    assert (report.runtime, report.precision, report.workers_lost) == ("torch", "fp32", 2)
+    assert report.patches_per_s > 0
+    assert report.interrupted == (error is KeyboardInterrupt)
+    again = store.index()
+    assert (len(again.encoded), again.skipped) == (2, report.encoded)
 
 
 def test_two_encoders_side_by_side(store: Store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +69,7 @@ def index(
     from isimed_cli.batch import add_first, end_batch, list_refusals, write_report
     from isimed_cli.render import show_fields
 
+    refused: list[Refusal] = []
     asked: dict[str, Any] = {
         "encoder": encoder,
         "stride_mm": stride,
@@ -80,17 +82,15 @@ def index(
     if dry_run:
         _plan(session, paths, report, asked)
         return
-    store, refused = add_first(session, paths)
     try:
-        with session.progress() as progress:
-            try:
+        try:
+            store, before = add_first(session, paths)
+            refused += before
+            with session.progress() as progress:
                 done = store.index(**asked, min_recall=min_recall, max_ram=max_ram, progress=progress)
-            except KeyboardInterrupt as stop:
-                if (so_far := getattr(stop, "report", None)) is not None:
-                    refused += so_far.refused
-                fields = {"interrupted": True} if so_far is None else _fields(so_far, refused)
-                write_report(report, fields, refused)
-                raise
+        except (Exception, KeyboardInterrupt) as error:
+            _report_end(report, error, refused)
+            raise
         refused += done.refused
         fields = _fields(done, refused)
         write_report(report, fields, refused)
@@ -102,6 +102,26 @@ def index(
     finally:
         list_refusals(refused)
     end_batch(len(done.encoded) + len(done.skipped), refused)
+
+
+def _report_end(report: Path | None, error: BaseException, refused: list[Refusal]) -> None:
+    """Write, where --report asks for it, what was done before an error or Ctrl-C; `refused` gets what was refused."""
+    from isimed_cli.batch import write_report
+
+    so_far = getattr(error, "report", None)
+    if so_far is not None:
+        refused += so_far.refused
+    fields = {} if so_far is None else _fields(so_far, refused)
+    if isinstance(error, KeyboardInterrupt):
+        fields["interrupted"] = True
+    else:
+        fields["error"] = {
+            "kind": getattr(error, "kind", "internal"),
+            "reason": str(error) if hasattr(error, "kind") else f"{type(error).__name__}: {error}",
+            "next_step": getattr(error, "next_step", ""),
+        }
+    with suppress(OSError):  # the disk may be full by now, and the error itself says more than that
+        write_report(report, fields, refused)
 
 
 def _fields(done: IndexReport, refused: Sequence[Refusal]) -> dict[str, Any]:

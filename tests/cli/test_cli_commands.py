@@ -28,11 +28,13 @@ from isimed_index.errors import (
     ScanRefused,
     SqlRefused,
     StoreDamaged,
+    StoreFull,
     StoreLocked,
     StoreNotFound,
     StoreWarning,
     TrainingWarning,
     UsageError,
+    WorkerFailed,
 )
 from isimed_index.indexing import IndexReport, IndexStopped
 from isimed_index.ingest.report import AddReport
@@ -502,6 +504,36 @@ class TestBatches:
         told = json.loads((tmp_path / "r.json").read_text())
         assert (told["encoded"], told["interrupted"], len(told["refused"])) == (["a"], True, 1)
         assert "of 3 scans 1 are encoded and stay" in capsys.readouterr().err
+
+    def test_an_index_that_fails_writes_its_report(
+        self, store: FakeStore, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        (tmp_path / "r.json").write_text('{"of": "an earlier run"}')
+        store.answers["add"].refused.append(REFUSAL)
+        failed = WorkerFailed("the scheduler was lost", next_step="the same again")
+        failed.report = IndexReport("c0ffee", ["a"], runtime="torch")
+        store.answers["index"] = failed
+        assert main(["index", "images", "--report", "r.json"]) == 1
+        told = json.loads((tmp_path / "r.json").read_text())
+        assert (told["encoded"], told["runtime"], told["interrupted"]) == (["a"], "torch", False)
+        assert [item["name"] for item in told["refused"]] == ["bad.nii"]
+        kind = {"kind": "worker_failed", "reason": "the scheduler was lost", "next_step": "the same again"}
+        assert told["error"] == kind
+        said = capsys.readouterr().err
+        assert "error[worker_failed]: the scheduler was lost" in said
+        assert "error[scan_refused]" in said
+        store.answers["index"] = ZeroDivisionError("a bug")
+        assert main(["index", "--report", "r.json"]) == 1
+        told = json.loads((tmp_path / "r.json").read_text())
+        assert (told["error"]["kind"], told["refused"]) == ("internal", [])
+
+    def test_an_index_whose_scans_cannot_be_added_writes_its_report(
+        self, store: FakeStore, capsys: Any, tmp_path: Path
+    ):
+        store.answers["add"] = StoreFull("no room left", next_step="isimed gc")
+        assert main(["index", "images", "--report", "r.json"]) == 1
+        assert json.loads((tmp_path / "r.json").read_text())["error"]["kind"] == "store_full"
+        assert "error[store_full]" in capsys.readouterr().err
 
     def test_a_dry_run_says_what_its_numbers_are_founded_on(self, store: FakeStore, capsys: Any):
         assert main(["index", "--dry-run"]) == 0
