@@ -574,8 +574,12 @@ class Store:
         return self.sql("SELECT * FROM generations ORDER BY generation")
 
     def info(self) -> dict[str, Any]:
-        """What the store holds, in numbers."""
+        """What the store holds, in numbers; `awaited` are encoded scans without a chart: how many, and some by name."""
+        from isimed_index.charting import NAMED, uncharted
+
         snapshot = self.snapshot
+        encoded = dict.fromkeys(artefact.fields["encoder"] for artefact in snapshot.artefacts("segment"))
+        awaited = {encoder: uncharted(snapshot, encoder) for encoder in encoded}
         return {
             "store": self._repository.storage.name,
             "generation": snapshot.generation,
@@ -587,6 +591,11 @@ class Store:
             "segments": len(snapshot.artefacts("segment")),
             "encoders": [snapshot.card(artefact)["name"] for artefact in snapshot.artefacts("encoder")],
             "indexes": self.sql("SELECT encoder, kind, rows, recall_at_10 FROM indexes").to_pylist(),
+            "awaited": [
+                {"encoder": encoder, "scans": len(scans), "named": scans[:NAMED]}
+                for encoder, scans in awaited.items()
+                if scans
+            ],
             "bytes": sum(artefact.bytes for artefact in snapshot.manifest.artefacts),
         }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from isimed_index.errors import StoreDamaged, StoreWarning
 from isimed_index.frame import (
     MATCHED_MM,
     WINDOW_MM,
+    Chart,
     Frame,
     extend_frame,
     fit_frame,
@@ -42,6 +44,7 @@ FOUNDERS = 128  # scans at most that a template is made from; the others get the
 _GROUP = 64  # charts at least that are worth a commit
 _GROUPS = 8  # or this part of those that are left, for each commit writes the template again
 _KEPT_BYTES = 1 << 30  # of lattices in memory
+NAMED = 5  # scans without a chart that are told by name
 _SAMPLE = 200  # vectors of each founder that the standard is estimated from
 
 
@@ -140,6 +143,22 @@ class _StoredLattices(Mapping[str, Lattice]):
 
     def __len__(self) -> int:
         return len(self.segments)
+
+
+def uncharted(snapshot: Snapshot, encoder_id: str) -> list[str]:
+    """Encoded scans that cannot answer yet: the encoder's frame has no chart of them, is not there, or is damaged."""
+    encoded = sorted(scan for scan, segment in snapshot.segments_by_scan(encoder_id).items() if segment.rows)
+    charts: Mapping[str, Chart] = {}
+    with suppress(StoreDamaged):
+        path = snapshot.frame_path(encoder_id) if encoded else None
+        charts = {} if path is None else read_frame(path, snapshot.voxels_of).charts
+    return [scan for scan in encoded if scan not in charts]
+
+
+def some_of(scans: Sequence[str]) -> str:
+    """Such as `sub-01, sub-02 and 40 more`."""
+    more = f" and {len(scans) - NAMED} more" if len(scans) > NAMED else ""
+    return ", ".join(scans[:NAMED]) + more
 
 
 def _write(directory: Path, frame: Frame, answers: Frame | None, voxels: Mapping[str, str]) -> None:

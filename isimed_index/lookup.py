@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isimed_index.charting import some_of
 from isimed_index.consensus import local_affine
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound, OutsideScan, StoreWarning, UsageError
@@ -125,10 +126,10 @@ class Lookup:
         frame = read_frame(path, self.snapshot.voxels_of)
         if frame.awaited:
             encoded = self._encoded_scans
-            lacking = sum(scan not in frame.charts for scan in encoded)
+            lacking = sorted(scan for scan in encoded if scan not in frame.charts)
             warnings.warn(
-                f"{lacking} of {len(encoded)} encoded scans have no chart yet, and cannot answer: isimed index was "
-                f"interrupted, or is at work. Next: isimed index",
+                f"{len(lacking)} of {len(encoded)} encoded scans have no chart yet, and cannot answer "
+                f"({some_of(lacking)}): isimed index was interrupted, or is at work. Next: isimed index",
                 StoreWarning,
                 stacklevel=4,
             )

@@ -91,9 +91,10 @@ def test_an_interruption_costs_a_group_and_changes_no_bit(store: Store, tmp_path
     kept = read_frame(frame_of(store))
     assert len(kept.charts) == 4 + 2
     assert kept.awaited == SCANS - 6
-    with pytest.warns(StoreWarning, match="1 of 7 encoded scans have no chart yet"):
-        assert len(store.lookup((10, 20, 30), "sub-00", k=SCANS)) == 5  # what has a chart answers
     (lacking,) = set(store.scans().column("scan").to_pylist()) - kept.charts.keys()
+    with pytest.warns(StoreWarning, match=rf"1 of 7 encoded scans have no chart yet, and cannot answer \({lacking}\)"):
+        assert len(store.lookup((10, 20, 30), "sub-00", k=SCANS)) == 5  # what has a chart answers
+    assert store.info()["awaited"] == [{"encoder": kept.encoder, "scans": 1, "named": [lacking]}]
     with pytest.raises(NotFound, match="has no chart in the frame"):
         store.lookup((10, 20, 30), lacking)
 
@@ -106,6 +107,7 @@ def test_an_interruption_costs_a_group_and_changes_no_bit(store: Store, tmp_path
     assert sorted(fitted) == sorted(set(store.scans().column("scan").to_pylist()) - kept.charts.keys())
     whole = read_frame(frame_of(store))
     assert (len(whole.charts), whole.awaited) == (SCANS, 0)
+    assert store.info()["awaited"] == []
     assert bits(whole) == bits(read_frame(frame_of(plain)))
     for n in range(1, SCANS):
         found = store.lookup((10, 20, 30), "sub-00", where=f"scan = 'sub-{n:02d}'")[0]
@@ -128,6 +130,26 @@ def test_a_frame_answers_until_its_successor_is_whole(store: Store):
     assert bits(after)[0]["sub-00"] != before[0]["sub-00"]  # the mean of all is the identity
     assert {scan: after.charts[scan].affine.tobytes() for scan in successor.charts} == bits(successor)[0]
     assert not (frame_of(store) / NEXT_FRAME).exists()
+
+
+def test_scans_that_no_chart_has_are_counted_and_some_are_named(store: Store):
+    """Also where the frame is whole for what there was when it was fitted, is damaged, or is not there."""
+    encoder = read_frame(frame_of(store)).encoder
+    assert store.info()["awaited"] == [
+        {"encoder": encoder, "scans": 4, "named": ["sub-03", "sub-04", "sub-05", "sub-06"]}
+    ]
+    (frame_of(store) / "charts.parquet").write_bytes(b"damaged")
+    all_of_them = {"encoder": encoder, "scans": SCANS, "named": [f"sub-{n:02d}" for n in range(5)]}
+    assert store.info()["awaited"] == [all_of_them]
+    assert without_frame(store).info()["awaited"] == [all_of_them]
+    store.delete("scan IN ('sub-00', 'sub-02')", "patches")
+    assert store.info()["awaited"][0]["named"] == ["sub-01", "sub-03", "sub-04", "sub-05", "sub-06"]
+
+
+def test_names_are_some():
+    assert charting.some_of(["a"]) == "a"
+    assert charting.some_of(list("abcde")) == "a, b, c, d, e"
+    assert charting.some_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
 def test_a_successor_that_cannot_be_used_is_begun_again(store: Store, monkeypatch: pytest.MonkeyPatch):
