@@ -142,9 +142,7 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
             so_far = replace(_so_far(repository.snapshot(), wanted, encoding.told_in(report)), interrupted=True)
             raise IndexStopped(so_far, len(wanted.todo)) from None
         except Exception as error:
-            with suppress(
-                IsimedError, OSError
-            ):  # of a store that cannot be read any more nothing is told but the error
+            with suppress(IsimedError, OSError):  # a store that cannot be read any more has nothing to tell
                 error.report = _so_far(repository.snapshot(), wanted, encoding.told_in(report))  # type: ignore[attr-defined]
             raise
 
