@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from isimed_index.grid import PatchGrid
     from isimed_index.matches import Matches
     from isimed_index.scans.scan import Scan
+    from isimed_index.within import Ball, Cuboid, Label
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Ball": "isimed_index.within",
+    "Cuboid": "isimed_index.within",
     "EncoderCard": "isimed_index.encoders.card",
     "IsimedError": "isimed_index.errors",
+    "Label": "isimed_index.within",
     "Matches": "isimed_index.matches",
     "PatchGrid": "isimed_index.grid",
     "Scan": "isimed_index.scans.scan",
@@ -40,8 +44,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Ball",
+    "Cuboid",
     "EncoderCard",
     "IsimedError",
+    "Label",
     "Matches",
     "PatchGrid",
     "Scan",

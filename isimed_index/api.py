@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from isimed_index.store.upkeep.findings import Finding
     from isimed_index.store.upkeep.purge import Erasure
     from isimed_index.store.upkeep.repair import Repaired
+    from isimed_index.within import Within
 
 __all__ = ["AddReport", "Refusal", "Store", "check", "create", "open", "repair"]
 
@@ -475,6 +476,7 @@ class Store:
         vectors: ArrayLike,
         k: int = 10,
         where: str | None = None,
+        within: Within | None = None,
         exact: bool = False,
         encoder: str | None = None,
     ) -> pa.Table:
@@ -487,10 +489,79 @@ class Store:
             vectors: (m, d), or (d,) for one, of the encoder's matching output, as `embeddings` gives them.
             k: how many answers for each.
             where: SQL over `patches` that chooses which may answer.
+            within: a `Ball`, `Cuboid` or `Label`, or several: patches whose centres lie in all of them may answer.
             exact: leave the approximate index out.
             encoder: id, beginning of one, or name; by default the newest.
         """
-        return self._lookup(encoder).neighbours.search(vectors, k, where, exact=exact)
+        return self._lookup(encoder).neighbours.search(vectors, k, where, within, exact=exact)
+
+    def search_like(
+        self,
+        patches: ArrayLike,
+        k: int = 10,
+        where: str | None = None,
+        within: Within | None = None,
+        same_subject: SameSubject = "exclude",
+        exact: bool = False,
+        encoder: str | None = None,
+    ) -> pa.Table:
+        """The patches of other scans whose vectors are nearest to those of stored patches.
+
+        Columns: `from_patch`, `from_scan`, and those of `search` without `query`; patch after patch as they are given.
+
+        Args:
+            patches: ids (m,), or one, of the view `patches`.
+            k: how many answers for each.
+            where: SQL over `patches` that chooses which may answer.
+            within: a `Ball`, `Cuboid` or `Label`, or several, as in `search`.
+            same_subject: what to do with other scans of a patch's own subject. Its own scan never answers.
+            exact: leave the approximate index out.
+        """
+        from isimed_index.pairs import Wanted, like
+
+        return like(self._lookup(encoder).neighbours, patches, Wanted(k, where, within, same_subject, exact))
+
+    def search_pairs(
+        self,
+        k: int = 10,
+        of: str | None = None,
+        where: str | None = None,
+        within: Within | None = None,
+        same_subject: SameSubject = "exclude",
+        exact: bool = False,
+        encoder: str | None = None,
+    ) -> Iterator[pa.Table]:
+        """`search_like` of all stored patches, or those of them that `of` keeps: a stream of tables of bounded size.
+
+        By rising id of the patch that asks; no table has the answers of more than 1,024 patches.
+
+        Args:
+            k: how many answers for each.
+            of: SQL over `patches` that chooses which are asked for; None: all.
+            where: SQL over `patches` that chooses which may answer.
+            within: a `Ball`, `Cuboid` or `Label`, or several, as in `search`.
+            same_subject: what to do with other scans of a patch's own subject. Its own scan never answers.
+            exact: leave the approximate index out.
+        """
+        from isimed_index.pairs import Wanted, stream
+
+        return stream(self._lookup(encoder).neighbours, of, Wanted(k, where, within, same_subject, exact))
+
+    def canonical(
+        self, point: PointLike, scan: FilePath, space: Space = "ras", encoder: str | None = None
+    ) -> tuple[float, float, float]:
+        """A point of a scan in canonical mm, which mean the same place in every scan with a chart that holds.
+
+        `OutsideScan` for a point outside the scan, `NotFound` when the scan's chart does not hold.
+
+        Args:
+            point: three numbers in `space`: `ras` or `lps` mm, or `voxel` of the source file.
+            scan: a stored scan's id, or the path of a file that need not be in the store.
+        """
+        lookup = self._lookup(encoder)
+        source = self._source(lookup, scan)
+        x, y, z = source.canonical(source.point_mm(_triple(point), space)).tolist()
+        return x, y, z
 
     def similar(
         self,

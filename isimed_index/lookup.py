@@ -29,6 +29,7 @@ from isimed_index.matches import Asked, Matches, SameSubject
 from isimed_index.space import Affine, Space, apply_affine, from_ras_mm, inverse, to_ras_mm
 from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
+from isimed_index.within import Ball
 
 if TYPE_CHECKING:
     from isimed_index.neighbours import Neighbours
@@ -79,6 +80,16 @@ class Source:
         if not self.geometry.holds(at):
             raise self._outside(np.asarray(point, dtype=np.float64), space, at)
         return at
+
+    def canonical(self, at: Point) -> Point:
+        """RAS+ mm of this scan → canonical mm; `NotFound` when its chart does not hold."""
+        if not self.chart.holds:
+            raise NotFound(
+                f"the scan's chart does not hold (agreement {self.chart.agreement:.2f}), so it is not known where the "
+                "point lies in canonical mm",
+                next_step="ask without --within, or run isimed index with scans of its kind",
+            )
+        return apply_affine(self.chart.affine, at)
 
     def _outside(self, point: Point, space: Space, at: Point) -> OutsideScan:
         """The error that names the place and the scan's extent in the space asked in, and in RAS mm beside it."""
@@ -328,32 +339,28 @@ class Lookup:
         self, source: Source, at: Point, targets: Mapping[str, str], within_mm: float | None
     ) -> NDArray[np.int64]:
         """Row ids of the target scans' patches, only such as lie within a canonical distance where one is given."""
-        rows = [np.empty(0, dtype=np.int64)]
-        canonical = apply_affine(source.chart.affine, at)
-        for scan in targets:
-            segment = self.segments[scan]
-            ids = segment.row_ids
-            if within_mm is not None:
-                centres = _centres(segment)
-                away = np.linalg.norm(apply_affine(self.frame.charts[scan].affine, centres) - canonical, axis=1)
-                ids = ids[away <= within_mm]
-            rows.append(ids)
-        return np.sort(np.concatenate(rows))
+        places, scans = self.neighbours.places, self.neighbours.scans
+        ids = [places.ids_of(number) for number, scan in enumerate(scans) if scan in targets]
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *ids])
+        if within_mm is None:
+            return rows
+        x, y, z = source.canonical(at).tolist()
+        near = self.neighbours.filters.satisfy(Ball((x, y, z), within_mm, "canonical"))
+        return np.intersect1d(rows, near, assume_unique=True)
 
     def _patch_columns(
         self, row_ids: NDArray[np.int64], distances: NDArray[np.float32], subjects: Mapping[str, str], space: Space
     ) -> dict[str, list[Any]]:
         columns = _empty_columns(_PATCH_COLUMNS, space)
-        spans = [(s.first_row_id, s.end_row_id, scan) for scan, s in self.segments.items()]
-        centres: dict[str, NDArray[np.float64]] = {}
-        for row, distance in zip(row_ids.tolist(), distances.tolist(), strict=True):
-            if row < 0:
-                continue
-            scan = next(scan for first, end, scan in spans if first <= row < end)
-            if scan not in centres:
-                centres[scan] = _centres(self.segments[scan])
-            found = self._place_columns(scan, centres[scan][np.searchsorted(self.segments[scan].row_ids, row)], space)
-            found |= {"patch": row, "scan": scan, "subject": subjects[scan], "distance": distance}
+        places, scans = self.neighbours.places, self.neighbours.scans
+        known = row_ids >= 0
+        positions = places.positions(row_ids[known])
+        owners = places.owners(positions)
+        centres = places.centres_mm(positions, owners).astype(np.float64)
+        for row, number, at, distance in zip(row_ids[known], owners, centres, distances[known], strict=True):
+            scan = scans[number]
+            found = self._place_columns(scan, at, space)
+            found |= {"patch": int(row), "scan": scan, "subject": subjects[scan], "distance": float(distance)}
             for name, values in columns.items():
                 values.append(found[name])
         return columns
@@ -376,11 +383,6 @@ def follow(at: Point, a: Lattice, chart_a: Chart, b: Lattice, chart_b: Chart) ->
     if np.linalg.norm(found - expected) > MAX_SHIFT_MM:
         return expected, float("inf")
     return found, residual
-
-
-def _centres(segment: Segment) -> NDArray[np.float64]:
-    patches = segment.patches(("x_mm", "y_mm", "z_mm"))
-    return np.stack([patches.column(f"{axis}_mm").to_numpy() for axis in "xyz"], axis=1).astype(np.float64)
 
 
 def _empty_columns(names: Sequence[str], space: Space) -> dict[str, list[Any]]:

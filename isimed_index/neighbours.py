@@ -1,13 +1,14 @@
 """Nearest stored patches of given vectors, from whichever scan they are: rows of a table, in patient millimetres.
 
     vectors (m, d) ─ the index over what it covers, exactly over the rest ─▶ row ids ─▶ scan, subject, x_mm, y_mm, z_mm
+                          └─ only rows that `where` (SQL) and `within` (a ball, a cuboid, a label) keep
 
-Nothing is known of where the vectors come from: no chart is asked for, and no scan is left out.
+Nothing is known of where the vectors come from: no chart is asked for, and no scan is left out. Patches that are stored
+themselves are asked for in `pairs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,82 +17,100 @@ from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound
-from isimed_index.index.protocol import Hits, RowIds
+from isimed_index.filters import Filters
+from isimed_index.index.protocol import Hits
 from isimed_index.index.search import LiveIndex
-from isimed_index.store.segment import Segment
+from isimed_index.places import Places
 from isimed_index.store.snapshot import Snapshot
+from isimed_index.within import Within
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PLACE = ("x_mm", "y_mm", "z_mm")
-
 
 class Neighbours:
-    """Searches the patches that one encoder made in one pinned generation; keeps the open index for the next search."""
+    """Searches the patches that one encoder made in one pinned generation; keeps what it opened for the next search."""
 
     def __init__(self, snapshot: Snapshot, encoder: str | None = None) -> None:
         self.snapshot = snapshot
         self.card: EncoderCard = read_card(snapshot.encoder_path(encoder))
 
     @cached_property
-    def segments(self) -> list[Segment]:
-        """Those with living patches, by rising row id; `NotFound` where nothing is encoded yet."""
+    def places(self) -> Places:
+        """Where the living patches are; `NotFound` where nothing is encoded yet."""
         found = [segment for segment in self.snapshot.segments(self.card.id) if segment.rows]
         if not found:
             raise NotFound(f"encoder {self.card.name!r} has encoded no scan of this store", next_step="isimed index")
-        return found
+        return Places(found)
+
+    @cached_property
+    def scans(self) -> list[str]:
+        """Scan id by number of segment."""
+        return [self.snapshot.scan_of[segment.scan_artefact] for segment in self.places.segments]
+
+    @cached_property
+    def subjects(self) -> list[str]:
+        """Subject id by number of segment."""
+        table = self.snapshot.table("scans").select(["scan", "subject"])
+        subject_of = dict(zip(*table.to_pydict().values(), strict=True))
+        return [subject_of[scan] for scan in self.scans]
+
+    @cached_property
+    def filters(self) -> Filters:
+        """What `where` and `within` are evaluated by."""
+        return Filters(self.snapshot, self.card, self.places, self.scans)
 
     @cached_property
     def index(self) -> LiveIndex:
         """Over all living rows; told by a `StoreWarning` where it is damaged, and exact then."""
-        blocks = [(segment.row_ids, segment.vectors(self.card.match_output)) for segment in self.segments]
+        blocks = self.places.blocks(self.card.match_output)
         return LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
 
-    def search(self, vectors: ArrayLike, k: int, where: str | None = None, *, exact: bool = False) -> pa.Table:
-        """The k nearest patches of each vector (m, d) among those that `where`, SQL over `patches`, keeps.
+    def search(
+        self,
+        vectors: ArrayLike,
+        k: int,
+        where: str | None = None,
+        within: Within | None = None,
+        *,
+        exact: bool = False,
+    ) -> pa.Table:
+        """The k nearest patches of each vector (m, d) among those that `where` and `within` keep.
 
         A vector (d,) is one query. Rows come query by query, the nearest first; fewer than k where fewer are kept.
         """
         asked = np.asarray(vectors)
         asked = asked[None] if asked.ndim == 1 else asked
-        return self._rows(self.index.search(asked, k, self._among(where), exact=exact))
+        return self.table(self.index.search(asked, k, self.filters.rows(where, within), exact=exact))
 
-    def _among(self, where: str | None) -> RowIds | None:
-        if where is None:
-            return None
-        chosen = self.snapshot.matching("patches", where, ["patch"]).column("patch").to_numpy()  # of every encoder
-        return np.intersect1d(chosen, np.concatenate([segment.row_ids for segment in self.segments]))
-
-    def _rows(self, hits: Hits) -> pa.Table:
+    def table(self, hits: Hits) -> pa.Table:
+        """Hits as rows, query by query: `query`, `patch`, `scan`, `subject`, `x_mm`, `y_mm`, `z_mm`, `distance`."""
         import pyarrow as pa
 
-        query, rank = np.nonzero(hits.found)
-        patch = hits.row_ids[query, rank]
-        scan, place = self._places(patch)
-        table = self.snapshot.table("scans")
-        subject_of = dict(zip(table.column("scan").to_pylist(), table.column("subject").to_pylist(), strict=True))
-        return pa.table(
-            {
-                "query": pa.array(query, pa.int64()),
-                "patch": pa.array(patch, pa.int64()),
-                "scan": pa.array(scan, pa.string()),
-                "subject": pa.array([subject_of[name] for name in scan], pa.string()),
-                **{name: pa.array(place[:, axis]) for axis, name in enumerate(_PLACE)},
-                "distance": pa.array(hits.distances[query, rank]),
-            }
-        )
+        found = hits.found
+        patch = hits.row_ids[found]
+        positions = self.places.positions(patch)
+        owners = self.places.owners(positions)
+        centres = self.places.centres_mm(positions, owners).astype(np.float64)
+        scans, subjects, schema = self._columns
+        place: list[NDArray[np.float64]] = [np.ascontiguousarray(centres[:, axis]) for axis in range(3)]
+        taken = pa.array(owners)
+        columns = [
+            pa.array(np.repeat(np.arange(len(found)), found.sum(axis=1))),
+            pa.array(patch),
+            scans.take(taken),
+            subjects.take(taken),
+            *map(pa.array, place),
+            pa.array(hits.distances[found]),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
 
-    def _places(self, patches: RowIds) -> tuple[Sequence[str], NDArray[np.float64]]:
-        """The scan and the RAS+ mm (n, 3) of each patch."""
-        firsts = np.array([segment.first_row_id for segment in self.segments], dtype=np.int64)
-        owner = np.searchsorted(firsts, patches, side="right") - 1
-        scans = np.empty(len(patches), dtype=object)
-        places = np.empty((len(patches), 3))
-        for number in np.unique(owner):
-            segment, mine = self.segments[number], owner == number
-            rows = np.searchsorted(segment.row_ids, patches[mine])
-            table = segment.patches(_PLACE)
-            places[mine] = np.stack([table.column(name).to_numpy()[rows] for name in _PLACE], axis=1)
-            scans[mine] = self.snapshot.scan_of[segment.scan_artefact]
-        return scans.tolist(), places
+    @cached_property
+    def _columns(self) -> tuple[pa.Array, pa.Array, pa.Schema]:
+        """Scans and subjects by number of segment, and the schema of an answer."""
+        import pyarrow as pa
+
+        place = [(name, pa.float64()) for name in ("x_mm", "y_mm", "z_mm")]
+        names = [("query", pa.int64()), ("patch", pa.int64()), ("scan", pa.string()), ("subject", pa.string())]
+        schema = pa.schema([*names, *place, ("distance", pa.float32())])
+        return pa.array(self.scans, pa.string()), pa.array(self.subjects, pa.string()), schema

@@ -114,6 +114,39 @@ def test_what_is_deleted_is_not_found_any_more(cohort: Cohort, tmp_path: Path) -
     assert COPIES[1].stem not in found.column("scan").to_pylist()
 
 
+def test_packing_and_deletion_change_places_of_nothing_else(cohort: Cohort, tmp_path: Path) -> None:
+    shutil.copytree(cohort.store, tmp_path / "copy.isimed")
+    store = isi.open(tmp_path / "copy.isimed", mode="a")
+    _, vectors = everything(store)
+    before = store.search(vectors[::400], 5, exact=True)
+    store.compact()
+    assert len(store._lookup(None).neighbours.index.exact.blocks) == 1
+    assert store.search(vectors[::400], 5, exact=True) == before
+    store.delete("patch % 7 = 3", what="patches")
+    rows = store.search(vectors[::400], 40).to_pylist()
+    view = {row["patch"]: row for row in store.sql("SELECT * FROM patches").to_pylist()}
+    assert rows
+    assert all(row["patch"] % 7 != 3 for row in rows)
+    for row in rows:
+        assert [row[name] for name in PLACE] == pytest.approx([view[row["patch"]][name] for name in PLACE])
+        assert row["scan"] == view[row["patch"]]["scan"]
+
+
+def test_a_filter_is_evaluated_once_for_a_pinned_generation(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    filters = store._lookup(None).neighbours.filters
+    asked: list[str] = []
+    matching = filters._matching
+    monkeypatch.setattr(filters, "_matching", lambda where: asked.append(where) or matching(where))
+    _, vectors = everything(store)
+    for where in ("x_mm < 3", "x_mm < 4", "x_mm < 3"):
+        found = store.search(vectors[:2], 5, where)
+        assert (found.column("x_mm").to_numpy() < 4).all()
+    assert asked == ["x_mm < 3", "x_mm < 4"]
+    monkeypatch.setattr("isimed_index.filters._KEPT_ROWS", 10)
+    store.search(vectors[:2], 5, "x_mm < 5")
+    assert list(filters._kept) == ["x_mm < 5"]  # the others gave way
+
+
 @pytest.mark.parametrize(
     ("vectors", "k", "said"),
     [

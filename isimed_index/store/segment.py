@@ -150,6 +150,24 @@ class Segment:
         stored = _open_vectors(self.verified(), output, self.artefact.fields["rows"], form)[self._slice]
         return stored if self._all else stored[self._keep(self._stored_row_ids())]
 
+    def goes_on_in(self, other: Segment) -> bool:
+        """Whether the rows of another segment follow its own in one file, later row ids and none of both dead."""
+        return (
+            self.path == other.path
+            and self._all
+            and other._all
+            and self._slice.stop == other._slice.start
+            and self.end_row_id <= other.first_row_id
+        )
+
+    def vectors_to(self, last: Segment, output: str) -> NDArray[np.floating[Any]]:
+        """Vectors (n, d) of its rows and of all that go on, one after the other, up to those of `last`."""
+        if last is self:
+            return self.vectors(output)
+        form = self._form(output)
+        rows = slice(self._slice.start, last._slice.stop)
+        return _open_vectors(self.verified(), output, self.artefact.fields["rows"], form)[rows]
+
     def _form(self, output: str) -> Mapping[str, Any]:
         """Dimension and dtype of an output; `NotFound` when there is none of that name."""
         if output not in self.outputs:
@@ -185,21 +203,13 @@ class Segment:
 
     def patches(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Patch rows (n): scan, i, j, k, x_mm, y_mm, z_mm (patient RAS+) and foreground; or only some `columns`."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        (table,) = patches_of([self], columns)
+        return table
 
-        path = self.verified() / PATCHES
-        try:
-            with pq.ParquetFile(path) as file:
-                groups = [int(self.part["part"])] if "part" in self.part else list(range(file.num_row_groups))
-                table = file.read_row_groups(groups if self.stored_rows else [], columns=columns and list(columns))
-        except (OSError, IndexError, pa.ArrowException) as error:
-            spare(error, PATCHES)
-            raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=REPAIR) from None
-        if table.num_rows != self.stored_rows:
-            raise StoreDamaged(
-                f"{PATCHES} of a segment has {table.num_rows} rows, expected {self.stored_rows}", next_step=REPAIR
-            )
+    def living(self, table: pa.Table) -> pa.Table:
+        """The rows that live, of a table of all its stored rows."""
+        import pyarrow as pa
+
         return table if self._all else table.filter(pa.array(self._keep(self._stored_row_ids())))
 
     def patch_columns(self) -> pa.Schema:
@@ -247,6 +257,38 @@ def groups(segments: Sequence[Segment], patches: int) -> Iterator[list[Segment]]
             some = []
     if some:
         yield some
+
+
+def patches_of(segments: Sequence[Segment], columns: Sequence[str] | None = None) -> list[pa.Table]:
+    """What `Segment.patches` gives of each of some segments that lie in one artefact, whose file is opened once.
+
+    `StoreDamaged` when it cannot be read, or has lost rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = segments[0].verified() / PATCHES
+    packed = "part" in segments[0].part
+    full = [segment for segment in segments if segment.stored_rows]
+    expected = [segment.stored_rows for segment in full]
+    try:
+        with pq.ParquetFile(path) as file:
+            every = range(file.num_row_groups if full else 0)
+            groups = [int(segment.part["part"]) for segment in full] if packed else list(every)
+            found = [file.metadata.row_group(group).num_rows for group in groups]
+            together = file.read_row_groups(groups, columns=columns and list(columns))
+    except (OSError, IndexError, pa.ArrowException) as error:
+        spare(error, PATCHES)
+        raise StoreDamaged(f"{PATCHES} of a segment cannot be read", next_step=REPAIR) from None
+    if (packed and found != expected) or together.num_rows != sum(expected):
+        raise StoreDamaged(
+            f"{PATCHES} of a segment has {together.num_rows} rows, expected {sum(expected)}", next_step=REPAIR
+        )
+    starts = np.cumsum([0, *(segment.stored_rows for segment in segments)])
+    return [
+        segment.living(together.slice(int(start), segment.stored_rows))
+        for segment, start in zip(segments, starts, strict=False)
+    ]
 
 
 def write_segment(directory: Path, patches: pa.Table, outputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
