@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isimed_index.adapter import NearestNeighbors
     from isimed_index.api import Store, check, create, open, repair
     from isimed_index.encoders.card import EncoderCard
     from isimed_index.errors import IsimedError
@@ -34,6 +35,7 @@ _HOMES = {
     "IsimedError": "isimed_index.errors",
     "Label": "isimed_index.within",
     "Matches": "isimed_index.matches",
+    "NearestNeighbors": "isimed_index.adapter",
     "PatchGrid": "isimed_index.grid",
     "Scan": "isimed_index.scans.scan",
     "Store": "isimed_index.api",
@@ -50,6 +52,7 @@ __all__ = [
     "IsimedError",
     "Label",
     "Matches",
+    "NearestNeighbors",
     "PatchGrid",
     "Scan",
     "Store",

@@ -495,6 +495,14 @@ class Store:
         """
         return self._lookup(encoder).neighbours.search(vectors, k, where, within, exact=exact)
 
+    def row_ids(
+        self, where: str | None = None, within: Within | None = None, encoder: str | None = None
+    ) -> NDArray[np.int64]:
+        """Ids (n,), rising, of the patches of one encoder that `where` and `within` keep, as in `search`."""
+        neighbours = self._lookup(encoder).neighbours
+        chosen = neighbours.filters.rows(where, within)
+        return (neighbours.places.row_ids if chosen is None else chosen).copy()
+
     def search_like(
         self,
         patches: ArrayLike,
