@@ -11,8 +11,8 @@ queries, and ratios are taken within a round; medians of all rounds are shown.
     search     Store.search: that, and a table of scans, subjects and places
     where      Store.search with a condition that keeps half of the rows, evaluated before
 
-`open` runs in a process of its own: seconds and resident memory of pinning, of the first search (which opens the index
-and what it found), and of reading all places, and the memory of these by row.
+`open` runs in a process of its own: seconds, processor seconds and resident memory of pinning, of the first search,
+which opens the index and what it found, and of reading all places.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ import numpy as np, pyarrow, pyarrow.parquet, faiss
 import isimed_index as isi
 def now():
     pages = int(open("/proc/self/statm").read().split()[1])
-    return time.perf_counter(), pages * os.sysconf("SC_PAGE_SIZE")
+    return time.perf_counter(), time.process_time(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 store, query = isi.open(sys.argv[1], mode="r"), np.load(sys.argv[2])
 steps = {"start": now()}
 store.snapshot
@@ -203,18 +203,18 @@ def measure(repository: Repository, rounds: int) -> dict[str, Any]:
 
 
 def opening(repository: Repository, dim: int) -> dict[str, float]:
-    """Seconds, MiB, and bytes a row of what a first search opens."""
+    """Seconds, processor seconds and MiB of what a first search opens, step by step."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, np.random.default_rng(1).normal(size=(1, dim)).astype(np.float32))
         file.flush()
         command = [sys.executable, "-c", OPEN, str(repository.path), file.name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-    steps: dict[str, tuple[float, int]] = json.loads(done.stdout)
+    steps: dict[str, tuple[float, float, float]] = json.loads(done.stdout)
     names = list(steps)
     report = {}
     for before, name in pairwise(names):
-        report[f"{name}_s"] = steps[name][0] - steps[before][0]
-        report[f"{name}_mib"] = (steps[name][1] - steps[before][1]) / 2**20
+        for unit, one, other in zip(("s", "cpu_s", "mib"), steps[before], steps[name], strict=True):
+            report[f"{name}_{unit}"] = other - one
     return report
 
 
