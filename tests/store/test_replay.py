@@ -31,7 +31,7 @@ from isimed_index.store.upkeep.restore import restore
 from isimed_index.testing.crash import Image, Recorder
 
 EVERY = "ISIMED_REPLAY" in os.environ
-MOST = 100  # images of one verb that are looked at unless it is set, evenly spaced
+MOST = 50  # images of one verb that are looked at unless it is set, evenly spaced
 
 VERBS: dict[str, Callable[[Repository], Any]] = {
     "add": lambda repository: add_scan(repository, "sub-03"),
