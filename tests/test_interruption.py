@@ -32,10 +32,23 @@ def isimed(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve heads and an encoder, nothing indexed."""
-    return shifted_heads(tmp_path, SCANS)
+    return shifted_heads(tmp_path_factory.mktemp("heads"), SCANS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(heads: Path) -> dict[str, dict[str, bytes]]:
+    """The vectors of an index that nothing stops."""
+    store = shutil.copytree(heads, heads.with_name("undisturbed.isimed"))
+    isi.open(store).index()
+    return segment_vectors(store)
+
+
+@pytest.fixture
+def store(heads: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(heads, tmp_path / "cohort.isimed"))
 
 
 def segments(store: Path) -> list[str]:
@@ -43,13 +56,14 @@ def segments(store: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals):
-    untouched = shutil.copytree(store, store.with_name("untouched.isimed"))
+def test_index_goes_on_where_it_was_stopped(
+    store: Path, undisturbed: dict[str, dict[str, bytes]], number: signal.Signals
+):
     told = store.with_name("report.json")
     process = isimed("index", "-s", str(store), "--no-progress", "--report", str(told))
     deadline = time.monotonic() + 60
     while not segments(store) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+        time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), errors
@@ -80,8 +94,7 @@ def test_index_goes_on_where_it_was_stopped(store: Path, number: signal.Signals)
     assert report["interrupted"] is False
     assert len(report["encoded"]) == SCANS - len(kept)
     assert len({segment.task for segment in whole}) == len(whole) == SCANS
-    isi.open(untouched).index()
-    assert segment_vectors(store) == segment_vectors(untouched)
+    assert segment_vectors(store) == undisturbed
 
     after.refresh()
     found = after.lookup([10, 20, 30], "sub-00", k=SCANS)
