@@ -4,16 +4,25 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if 
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage check bench docs clean
+# A file at a time, in the order of the names: by xdist's own order the files with few tests, the longest, would end the run.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+.PHONY: demo test thorough coverage check bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isimed demo --out demo-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
+	$(PYTEST)
+
+# What `make test` samples, all of it or more: crashes, damage, kills, readers, walks. Long.
+thorough: $(VENV)/.dev
+	ISIMED_REPLAY=all ISIMED_DAMAGE=all ISIMED_KILLS=500 ISIMED_COMMITS=200 ISIMED_STEPS=20000 $(PYTEST) --timeout 0 \
+		tests/store/test_replay.py tests/store/test_damage.py tests/store/test_kills.py tests/store/test_readers.py \
+		tests/store/test_state_machine.py tests/test_power_loss.py
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
