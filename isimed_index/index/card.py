@@ -1,4 +1,8 @@
-"""`index.json`: what an index covers, how it is laid out, and the recall that was measured when it was built."""
+"""`index.json`: what an index covers, how it is laid out and why, and the recall measured when it was built.
+
+Format 2 has the recall contract (`strata`), what else was tried, and the costs by which filters are planned. An index
+of format 1 still answers, by the rules of its version; the next `isimed index` builds it anew.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,29 @@ from typing import Any
 import numpy as np
 
 from isimed_index.errors import Incompatible, StoreDamaged
-from isimed_index.index.faiss_index import Recipe
+from isimed_index.index.costs import UNKNOWN, Costs
 from isimed_index.index.protocol import Metric, RowIds, checked_metric
+from isimed_index.index.recipe import Recipe
+from isimed_index.index.strata import Stratum
 
 FILE = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _AGAIN = "run isimed index again"
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A recipe that was built and measured: the plan of an index is what was tried, and why one was taken."""
+
+    factory: str
+    rows: int  # a sample of the rows where there are very many
+    probes: int
+    fetch: float
+    recall: float | None  # recall@10 of the rows that it was tuned on; None: more memory than allowed, not built
+    at_least: float | None  # one-sided bound of it, 95 %
+    ms: float | None  # a query, alone, ranked again; None where the target was out of reach
+    bytes: int  # in memory
+    verdict: str  # such as `taken`, `slower`, `recall out of reach`
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +51,42 @@ class IndexCard:
     row_ranges: tuple[tuple[int, int], ...]  # half-open ranges of the row ids that the index holds
     recipe: Recipe
     min_recall: float  # what was asked for
-    recall_at_10: float  # measured on `recall_queries` rows that were held out of training
-    recall_at_10_filtered: float  # the same under a filter that keeps one side of the data, 10 % of the rows
+    recall_at_10: float  # measured on `recall_queries` rows, which neither trained nor tuned the index
+    recall_at_10_filtered: float  # the lowest under any filter of `strata`
     recall_queries: int
     bytes: int  # size of index.faiss
     sha256: str  # of index.faiss
+    resident_bytes: int = 0  # in memory: codes, row ids, centres, axes
+    ms: float | None = None  # median time of a query without filter, alone, on the machine that built it
+    strata: tuple[Stratum, ...] = ()  # the recall contract
+    costs: Costs = UNKNOWN
+    tried: tuple[Tried, ...] = ()
+    max_ram_bytes: int | None = None  # what was asked for
+    max_latency_ms: float | None = None
+    format_version: int = FORMAT_VERSION
+
+    def explain(self) -> str:
+        """The plan in words and a table: what was asked for, tried, measured and taken."""
+        limits = [f"recall@10 of {self.min_recall:g} or more"]
+        limits += [f"{self.max_ram_bytes / 2**20:.1f} MiB or less"] if self.max_ram_bytes is not None else []
+        limits += [f"{self.max_latency_ms:g} ms or less"] if self.max_latency_ms is not None else []
+        lines = [f"{self.rows:,} vectors of {self.dim} dimensions, {self.metric}. Asked for: {', '.join(limits)}."]
+        if self.tried:
+            lines += [f"{'recipe':<28}{'rows':>9}{'lists':>6}{'fetch':>6}{'recall':>8}{'ms':>8}{'MiB':>9}  verdict"]
+            lines += [_tried_line(one) for one in self.tried]
+        else:
+            lines += ["So few vectors are compared one by one: nothing else was tried."]
+        if self.strata:
+            lines += [
+                "",
+                f"{'filter':<14}{'recall':>8}{'at least':>10}{'ms':>8}  of other queries than it was tuned on",
+            ]
+            lines += [f"{one.name:<14}{one.recall:>8.4f}{one.at_least:>10.4f}{one.ms:>8.2f}" for one in self.strata]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The card as JSON values, with its own hash under `card_sha256`."""
-        fields: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
+        fields: dict[str, Any] = asdict(self)
         return {**fields, "card_sha256": _own_hash(fields)}
 
     def write(self, directory: Path) -> None:
@@ -56,15 +104,27 @@ class IndexCard:
             raise StoreDamaged(f"the index card {FILE} cannot be read", next_step=_AGAIN) from error
         if not isinstance(fields, dict) or fields.pop("card_sha256", None) != _own_hash(fields):
             raise StoreDamaged(f"the index card {FILE} does not match its hash: it is damaged", next_step=_AGAIN)
-        version = fields.pop("format_version")
-        if version != FORMAT_VERSION:
+        version = fields["format_version"]
+        if version not in (1, FORMAT_VERSION):
             raise Incompatible(
-                f"the index has format {version}, this version reads format {FORMAT_VERSION}", next_step=_AGAIN
+                f"the index has format {version}, this version reads formats 1 to {FORMAT_VERSION}", next_step=_AGAIN
             )
         fields["metric"] = checked_metric(fields["metric"])
         fields["recipe"] = Recipe(**fields["recipe"])
         fields["row_ranges"] = tuple((first, stop) for first, stop in fields["row_ranges"])
+        if version == FORMAT_VERSION:
+            fields["strata"] = tuple(Stratum(**one) for one in fields["strata"])
+            fields["costs"] = Costs(**fields["costs"])
+            fields["tried"] = tuple(Tried(**one) for one in fields["tried"])
         return cls(**fields)
+
+
+def _tried_line(one: Tried) -> str:
+    shown = [f"{one.recall:.4f}" if one.recall is not None else "", f"{one.ms:.3f}" if one.ms is not None else ""]
+    return (
+        f"{one.factory:<28}{one.rows:>9}{one.probes or '':>6}{one.fetch:>6.1f}{shown[0]:>8}{shown[1]:>8}"
+        f"{one.bytes / 2**20:>9.1f}  {one.verdict}"
+    )
 
 
 def row_ranges(blocks: Sequence[RowIds]) -> tuple[tuple[int, int], ...]:

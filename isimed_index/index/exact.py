@@ -7,7 +7,7 @@ therefore that of brute force in double precision, at the cost of one float32 ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -33,6 +33,8 @@ Float = TypeVar("Float", bound=np.floating[Any])
 
 _QUERIES_AT_ONCE = 512
 _FLOATS_AT_ONCE = 1 << 24  # 64 MiB of float32: the most that one temporary array holds
+_SHORT = 1e-12  # vectors of at least this length are divided by it only after the product
+_ROWS_WORTH_A_BLOCK = 8  # rows of one block from which on they are gathered together
 _CROWD = 8  # a sieve that keeps more than this many times k rows a query is drawn tighter
 
 
@@ -46,6 +48,10 @@ class ExactIndex:
         self.metric = checked_metric(metric)
         self.blocks = _checked_blocks(blocks)
         self._first_ids = np.array([row_ids[0] for row_ids, _ in self.blocks], dtype=np.int64)
+        self._sizes = np.array([row_ids.size for row_ids, _ in self.blocks], dtype=np.int64)
+        last_ids = np.array([row_ids[-1] for row_ids, _ in self.blocks], dtype=np.int64)
+        self._gaps = last_ids - self._first_ids + 1 != self._sizes
+        self._plain = [np.asarray(vectors) for _, vectors in self.blocks]  # without np.memmap's slow way of indexing
 
     def __len__(self) -> int:
         return sum(row_ids.size for row_ids, _ in self.blocks)
@@ -74,7 +80,7 @@ class ExactIndex:
             for start in range(0, total, step):
                 some = slice(start, min(start + step, total))
                 taken = some if places is None else _as_slice(places[some])
-                yield row_ids[taken], vectors[taken]
+                yield row_ids[taken], np.asarray(vectors)[taken]
 
     def search(self, queries: ArrayLike, k: int, among: ArrayLike | None = None) -> Hits:
         """The k nearest rows of each query (m, d) among the rows that `among` lists."""
@@ -95,30 +101,78 @@ class ExactIndex:
         asked = checked_queries(queries, k, self.dim)
         numbers, columns = np.nonzero(hits.found)
         wanted = hits.row_ids[numbers, columns]
-        owner = np.searchsorted(self._first_ids, wanted, side="right") - 1
-        kept_numbers, kept_ids, kept_distances = [numbers[:0]], [wanted[:0]], [np.empty(0, dtype=np.float32)]
-        for block in np.unique(owner[owner >= 0]):
-            row_ids, vectors = self.blocks[block]
-            mine = np.flatnonzero(owner == block)
-            places = np.searchsorted(row_ids, wanted[mine])
-            there = places < row_ids.size
-            there[there] = row_ids[places[there]] == wanted[mine[there]]
-            mine, places = mine[there], places[there]
-            kept_numbers.append(numbers[mine])
-            kept_ids.append(wanted[mine])
-            kept_distances.append(_pair_distances(asked, vectors, numbers[mine], places, self.metric))
-        everything = (np.concatenate(kept_numbers), np.concatenate(kept_ids), np.concatenate(kept_distances))
-        return select_nearest(asked.shape[0], k, *everything)
+        blocks, places = self._whereabouts(wanted)
+        there = blocks >= 0
+        if not there.all():
+            numbers, wanted, blocks, places = numbers[there], wanted[there], blocks[there], places[there]
+        distances = np.empty(wanted.size, dtype=np.float32)
+        step = max(1, _FLOATS_AT_ONCE // 4 // max(asked.shape[1], 1))
+        for start in range(0, wanted.size, step):
+            some = slice(start, start + step)
+            found = self._gather(blocks[some], places[some])
+            distances[some] = _distances(asked, numbers[some], found, self.metric)
+        return select_nearest(asked.shape[0], k, numbers, wanted, distances)
+
+    def _whereabouts(self, wanted: RowIds) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The block of each row, -1 where there is none, and its place in the block."""
+        blocks = np.searchsorted(self._first_ids, wanted, side="right") - 1
+        places = wanted - self._first_ids[blocks] if self.blocks else np.zeros_like(wanted)
+        gaps = self._gaps[blocks] if self.blocks else np.zeros(wanted.size, dtype=bool)
+        for block in np.unique(blocks[gaps & (blocks >= 0)]):
+            row_ids = self.blocks[block][0]
+            mine = np.flatnonzero(blocks == block)
+            found = np.minimum(np.searchsorted(row_ids, wanted[mine]), row_ids.size - 1)
+            places[mine] = np.where(row_ids[found] == wanted[mine], found, row_ids.size)
+        if self.blocks:
+            blocks = np.where(places < self._sizes[blocks], blocks, -1)
+        return blocks, places
+
+    def _gather(self, blocks: NDArray[np.intp], places: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Vectors (p, d) from several blocks."""
+        first = blocks[0]
+        if (blocks == first).all():
+            return np.asarray(self._plain[first][places], dtype=np.float64)
+        owners = np.unique(blocks)
+        if owners.size * _ROWS_WORTH_A_BLOCK > blocks.size:  # few rows of many scans: a loop over rows is quicker
+            rows = [self._plain[block][place] for block, place in zip(blocks.tolist(), places.tolist(), strict=True)]
+            return np.asarray(np.stack(rows), dtype=np.float64)
+        found = np.empty((blocks.size, self.dim or 0))
+        for block in owners:
+            mine = np.flatnonzero(blocks == block)
+            found[mine] = self._plain[block][places[mine]]
+        return found
 
     def _search_some(self, queries: NDArray[np.float64], k: int, rows: RowIds | None) -> Hits:
         best = nothing(queries.shape[0], k)
         step = max(1, _FLOATS_AT_ONCE // max(queries.shape))
-        for row_ids, vectors in self.pieces(rows, step):
+        for row_ids, vectors in _joined(self.pieces(rows, step), step):
             block = np.asarray(vectors, dtype=np.float32)
             numbers, places = _sieve(queries, block, best.distances[:, -1], k, self.metric)
             distances = _pair_distances(queries, vectors, numbers, places, self.metric)
             best = merge([best, select_nearest(queries.shape[0], k, numbers, row_ids[places], distances)], k)
         return best
+
+
+def _joined(pieces: Iterable[Block], rows_at_once: int) -> Iterator[Block]:
+    """The same rows in fewer pieces, of up to `rows_at_once`: a filter often keeps few rows of each scan."""
+    waiting: list[Block] = []
+    rows = 0
+    for row_ids, vectors in pieces:
+        if waiting and rows + row_ids.size > rows_at_once:
+            yield _as_one(waiting)
+            waiting, rows = [], 0
+        waiting.append((row_ids, vectors))
+        rows += row_ids.size
+    if waiting:
+        yield _as_one(waiting)
+
+
+def _as_one(pieces: list[Block]) -> Block:
+    if len(pieces) == 1:
+        return pieces[0]
+    kind = np.promote_types(np.result_type(*(vectors.dtype for _, vectors in pieces)), np.float32)
+    vectors = np.concatenate([vectors for _, vectors in pieces], dtype=kind, casting="same_kind")
+    return np.concatenate([row_ids for row_ids, _ in pieces]), vectors
 
 
 def _sieve(
@@ -148,7 +202,12 @@ def _scores(
     """
     error = (block.shape[1] + 8) * float(np.finfo(np.float32).eps)
     if metric == "cosine":
-        score: NDArray[np.float32] = unit_length(queries).astype(np.float32) @ unit_length(block).T
+        score: NDArray[np.float32] = unit_length(queries).astype(np.float32) @ block.T
+        length = np.sqrt(np.einsum("nd,nd->n", block, block))
+        if length.size and length.min() > _SHORT and length.max() < 1 / _SHORT:
+            score /= length
+        else:  # squares may have underflowed, or there are vectors of zeros
+            score = unit_length(queries).astype(np.float32) @ unit_length(block).T
         return np.subtract(1, score, out=score), np.full(queries.shape[0], 2 * error)
     asked = queries.astype(np.float32)
     norms = np.einsum("nd,nd->n", block, block)  # (n,)
@@ -166,16 +225,23 @@ def _pair_distances(
     """Distances (p,) between queries[numbers] and vectors[places], computed in float64."""
     distances = np.empty(numbers.size, dtype=np.float32)
     step = max(1, _FLOATS_AT_ONCE // 4 // max(queries.shape[1], 1))
-    asked = unit_length(queries) if metric == "cosine" else queries
     for start in range(0, numbers.size, step):
         some = slice(start, start + step)
         found = np.asarray(vectors[places[some]], dtype=np.float64)
-        if metric == "cosine":
-            cosine = np.einsum("pd,pd->p", asked[numbers[some]], unit_length(found))
-            distances[some] = np.maximum(1 - cosine, 0)
-        else:
-            distances[some] = np.linalg.norm(asked[numbers[some]] - found, axis=1)
+        distances[some] = _distances(queries, numbers[some], found, metric)
     return distances
+
+
+def _distances(
+    queries: NDArray[np.float64], numbers: NDArray[np.intp], found: NDArray[np.float64], metric: Metric
+) -> NDArray[np.float32]:
+    """Distances (p,) between queries[numbers] and `found` (p, d), in float64."""
+    if metric == "cosine":
+        cosine = np.einsum("pd,pd->p", unit_length(queries)[numbers], unit_length(found))
+        away: NDArray[np.float32] = np.maximum(1 - cosine, 0).astype(np.float32)
+        return away
+    apart = queries[numbers] - found
+    return np.asarray(np.sqrt(np.einsum("pd,pd->p", apart, apart)), dtype=np.float32)
 
 
 def unit_length(vectors: NDArray[Float]) -> NDArray[Float]:

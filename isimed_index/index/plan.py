@@ -1,44 +1,37 @@
-"""From a recall and a memory limit to a FAISS layout: plan, build, tune on held-out rows, prove, write.
+"""From recall, memory and latency to an index: candidates, trials, the quickest built, tuned, judged, written.
 
-Few rows need no approximation: a flat index is exact. Above that, inverted lists of 8-bit codes, whose results are
-ranked again by the stored vectors; then lists of float32, then flat, until the recall asked for is measured.
+    held-out rows ─┬─ tune: lists, rows ranked again, reach under filters    the bound of recall must reach the target
+                   └─ judge: other rows, which the tuning never saw          the mean must, and that is written down
+
+Few rows need no approximation: a flat index is exact. Where there are very many rows the trials are held on a sample,
+and the recipes are then built over all rows in the order of their latency there, until one passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from isimed_index.errors import RecallBelowTarget, UsageError
+from isimed_index.errors import UsageError
 from isimed_index.index.card import IndexCard, row_ranges
+from isimed_index.index.costs import Costs
 from isimed_index.index.exact import ExactIndex
-from isimed_index.index.faiss_index import FILE, FaissIndex, Recipe
+from isimed_index.index.faiss_index import FILE, FaissIndex
+from isimed_index.index.goal import Goal, Samples
 from isimed_index.index.protocol import Block, Metric, RowIds
-from isimed_index.index.recall import RecallTest
+from isimed_index.index.recall import AT, RecallTest
+from isimed_index.index.recipe import ram_bytes
 from isimed_index.index.search import LiveIndex
+from isimed_index.index.strata import Filter, Stratum, filters
+from isimed_index.index.trials import choose
+from isimed_index.index.tune import live, reach_filters
 
-FLAT_BELOW = 50_000  # rows
-_HELD_OUT = 500  # rows that are asked for their neighbours, and that training does not see
-_TRAIN_PER_LIST = 64  # rows sampled for each list; FAISS wants 39 or more
-_FILTER_SHARE = 0.1
-
-
-def choose(n: int, dim: int, max_ram_bytes: int | None = None) -> list[Recipe]:
-    """Layouts for n vectors of `dim` dimensions, the most economical first; only such as fit into `max_ram_bytes`."""
-    recipes = [Recipe("Flat")]
-    if n >= FLAT_BELOW:
-        lists = 1 << round(np.log2(2 * np.sqrt(n)))
-        recipes = [Recipe(f"IVF{lists},SQ8", lists, 1), Recipe(f"IVF{lists},Flat", lists, 1), *recipes]
-    return [recipe for recipe in recipes if max_ram_bytes is None or ram_bytes(recipe, n, dim) <= max_ram_bytes]
-
-
-def ram_bytes(recipe: Recipe, n: int, dim: int) -> int:
-    """Memory that an index of n vectors takes when loaded: codes, row ids and list centres."""
-    code = dim if recipe.factory.endswith("SQ8") else 4 * dim
-    return n * (code + 8) + recipe.lists * dim * 4
+_FILTER_QUERIES = 120  # that tune, and others that judge, under each filter
+_FEW_QUERIES = 40  # the same for a flat index, which finds all in any case
+_NO_INDEX = 1e9  # ms: under filters the index is never asked
 
 
 def build_index(
@@ -48,92 +41,83 @@ def build_index(
     min_recall: float = 0.98,
     max_ram_bytes: int | None = None,
     seed: int = 0,
+    max_latency_ms: float | None = None,
 ) -> IndexCard:
-    """Build an index over `blocks` that reaches `min_recall`, and write `index.faiss` and `index.json`.
+    """Build an index over `blocks` that reaches its goal, and write `index.faiss` and `index.json`.
 
-    Raises `RecallBelowTarget` when no layout within `max_ram_bytes` reaches it; then nothing is written.
+    `max_ram_bytes` is of what stays in memory, `max_latency_ms` of a single query without filter, on this machine.
+    Raises `RecallBelowTarget` when no recipe within the limits reaches `min_recall`; then nothing is written.
     """
-    if not 0 < min_recall <= 1:
-        raise UsageError(f"expected min_recall above 0 and up to 1, found {min_recall}")
+    goal = Goal(min_recall, max_ram_bytes, max_latency_ms)
     exact = ExactIndex(blocks, metric)
     if exact.dim is None:
         raise UsageError("there are no rows to index", next_step="encode a scan first")
-    recipes = choose(len(exact), exact.dim, max_ram_bytes)
-    held_out, training = _samples(exact, recipes, seed)
-    ranges = row_ranges([row_ids for row_ids, _ in exact.blocks])
-    test = RecallTest.prepare(exact, held_out)
-    best = 0.0
-    for index in _candidates(exact, recipes, training):
-        live = LiveIndex(exact.blocks, metric, index, ranges)
-        recall = test.recall(live)
-        best = max(best, recall)
-        if recall >= min_recall:
-            break
-    else:
-        raise _below_target(best, min_recall, len(exact), exact.dim, max_ram_bytes)
+    samples = Samples.draw(exact, seed)
+    judge = RecallTest.prepare(exact, samples.judges)
+    tuners = samples.tuners[:_FILTER_QUERIES]
+    tuning = list(filters(exact, tuners, seed)) if tuners.size else []
+    tried, index = choose(exact, goal, samples, judge, tuning)
+    index = reach_filters(index, tuning, goal.min_recall)
+    costs = _costs(exact, index, samples.judges, seed)
+    few = samples.judges[: _FILTER_QUERIES if index.recipe.lists else _FEW_QUERIES]
+    asked = [Filter("all", 1.0, judge), *filters(exact, few, seed + 1)]
+    index, costs, strata = _contract(exact, index, costs, asked, goal.min_recall)
     directory.mkdir(parents=True, exist_ok=True)
     sha256 = index.save(directory)
     card = IndexCard(
         metric=metric,
         dim=exact.dim,
         rows=len(exact),
-        row_ranges=ranges,
+        row_ranges=row_ranges([row_ids for row_ids, _ in exact.blocks]),
         recipe=index.recipe,
         min_recall=min_recall,
-        recall_at_10=recall,
-        recall_at_10_filtered=RecallTest.prepare(exact, held_out, _one_side(exact, held_out)).recall(live),
-        recall_queries=held_out.size,
+        recall_at_10=strata[0].recall,
+        recall_at_10_filtered=min(one.recall for one in strata[1:]),
+        recall_queries=samples.judges.size,
         bytes=(directory / FILE).stat().st_size,
         sha256=sha256,
+        resident_bytes=ram_bytes(index.recipe, len(exact), exact.dim),
+        ms=strata[0].ms,
+        strata=strata,
+        costs=costs,
+        tried=tried,
+        max_ram_bytes=max_ram_bytes,
+        max_latency_ms=max_latency_ms,
     )
     card.write(directory)
     return card
 
 
-def _candidates(exact: ExactIndex, recipes: Sequence[Recipe], training: RowIds) -> Iterator[FaissIndex]:
-    """Every layout in turn, each with ever more of its lists visited."""
-    for recipe in recipes:
-        sample = exact.vectors(training) if recipe.lists else None
-        index = FaissIndex.build(exact.pieces(None), exact.metric, recipe, exact.dim or 0, sample)
-        probes = 1
-        while probes < recipe.lists:
-            yield index.with_probes(probes)
-            probes += max(1, probes // 2)
-        yield index.with_probes(recipe.lists)
-
-
-def _samples(exact: ExactIndex, recipes: Sequence[Recipe], seed: int) -> tuple[RowIds, RowIds]:
-    """Sorted row ids held out as queries, and others to train on."""
-    row_ids = np.concatenate([ids for ids, _ in exact.blocks])
-    train = max((recipe.lists for recipe in recipes), default=0) * _TRAIN_PER_LIST
-    drawn = np.random.default_rng(seed).choice(row_ids, min(row_ids.size, _HELD_OUT + train), replace=False)
-    return np.sort(drawn[:_HELD_OUT]), np.sort(drawn[_HELD_OUT:])
-
-
-def _one_side(exact: ExactIndex, held_out: RowIds) -> RowIds:
-    """The tenth of the rows that lies lowest along the direction in which the held-out vectors vary most."""
-    sample = exact.vectors(held_out)
-    axis: NDArray[np.float32] = np.linalg.svd(sample - sample.mean(axis=0), full_matrices=False)[2][0]
-    row_ids, height = [], []
-    for ids, vectors in exact.pieces(None):
-        row_ids.append(ids)
-        # Not by BLAS, which may tell of invalid values where there are none: in what lies behind a short row.
-        height.append(np.einsum("nd,d->n", np.asarray(vectors, dtype=np.float32), axis))
-    keep = max(1, int(_FILTER_SHARE * len(exact)))
-    return np.sort(np.concatenate(row_ids)[np.argsort(np.concatenate(height), kind="stable")[:keep]])
-
-
-def _below_target(best: float, target: float, n: int, dim: int, max_ram_bytes: int | None) -> RecallBelowTarget:
-    """What was reached, and which memory limit would do: a flat index is exact."""
-    flat = ram_bytes(Recipe("Flat"), n, dim) / 2**20
-    if max_ram_bytes is None:
-        return RecallBelowTarget(
-            f"recall@10 is {best:.4f}, below the target of {target}",
-            next_step=f"ask for a min_recall of {best:.4f} or less, or search with exact=True",
-        )
-    found = f"recall@10 is {best:.4f}" if best else "no index fits"
-    lower = f", or ask for a min_recall of {best:.4f} or less" if best else ""
-    return RecallBelowTarget(
-        f"{found} within {max_ram_bytes / 2**20:.1f} MiB, the target is {target}",
-        next_step=f"raise max_ram to {flat:.1f} MiB, which holds an exact index{lower}",
+def _costs(exact: ExactIndex, index: FaissIndex, asking: RowIds, seed: int) -> Costs:
+    queries = exact.vectors(asking)
+    row_ids = np.random.default_rng(seed).permutation(np.concatenate([ids for ids, _ in exact.blocks]))
+    kept = {rows: np.sort(row_ids[:rows]) for rows in Costs.sizes(len(exact))}
+    by_index = live(exact, index)
+    repeated = np.resize(np.arange(len(queries)), Costs.BATCH)
+    return Costs.measure(
+        len(exact),
+        lambda rows, m: exact.search(queries[repeated[:m]], AT, kept[rows]),
+        lambda rows, m: by_index.search(queries[repeated[:m]], AT, kept[rows]),
     )
+
+
+def _contract(
+    exact: ExactIndex, index: FaissIndex, costs: Costs, asked: Sequence[Filter], target: float
+) -> tuple[FaissIndex, Costs, tuple[Stratum, ...]]:
+    """What is promised, as users will get it; where a filter is below the target the index reaches farther.
+
+    Tuning had a margin, so that this is rare; what is written is measured on rows that did not tune.
+    """
+    ranges = row_ranges([row_ids for row_ids, _ in exact.blocks])
+    while True:
+        joined = LiveIndex(exact.blocks, exact.metric, index, ranges, costs)
+        strata = tuple(one.measure(joined) for one in asked)
+        if all(one.recall >= target for one in strata[1:]):
+            return index, costs, strata
+        if index.recipe.reach:
+            farther = 4 * index.recipe.reach
+            index = index.with_recipe(reach=farther if farther < len(index) else 0)
+        elif costs.index_call < _NO_INDEX:
+            costs = replace(costs, index_call=_NO_INDEX)
+        else:
+            return index, costs, strata  # exact search is what it is

@@ -3,28 +3,27 @@
     covered rows ── FAISS, more than k ── ranked again by the stored vectors ──┐
     fresh tail ───── exact ────────────────────────────────────────────────────┴─ merged ── short? exact
 
-A filter that keeps few rows is answered exactly at once. A missing or damaged index costs time, never an answer.
+Under a filter the exact way is taken where it is cheaper, by costs that were measured when the index was built. A
+missing or damaged index costs time, never an answer.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from isimed_index.errors import EncoderMismatch, Incompatible, MissingExtra, StoreDamaged, StoreWarning
-from isimed_index.index.card import IndexCard, covered
+from isimed_index.index.card import IndexCard, covered, row_ranges
+from isimed_index.index.costs import UNKNOWN, Costs
 from isimed_index.index.exact import ExactIndex
 from isimed_index.index.faiss_index import FaissIndex
-from isimed_index.index.protocol import Block, Hits, Metric, RowIds, checked_queries, checked_rows, merge
-
-_FETCH = 4  # times k rows are taken from FAISS and ranked by the stored vectors
-_FETCH_MORE = 32  # and at least this many beyond k
-_ALWAYS_EXACT = 5_000  # a filter that keeps this many rows or fewer is answered exactly,
-_EXACT_SHARE = 0.05  # and so is one that keeps less than this share of all rows
+from isimed_index.index.lists import Kept
+from isimed_index.index.protocol import NO_ROW, Block, Hits, Metric, RowIds, checked_queries, checked_rows, merge
 
 
 class LiveIndex:
@@ -38,12 +37,14 @@ class LiveIndex:
         blocks: Sequence[Block],
         metric: Metric,
         index: FaissIndex | None = None,
-        row_ranges: Sequence[tuple[int, int]] = (),
+        ranges: Sequence[tuple[int, int]] = (),
+        costs: Costs = UNKNOWN,
     ) -> None:
         self.metric = metric
         self.exact = ExactIndex(blocks, metric)
+        self.costs = costs
         self._index = index
-        alive = [(row_ids, covered(row_ids, row_ranges if index else ())) for row_ids, _ in self.exact.blocks]
+        alive = [(row_ids, covered(row_ids, ranges if index else ())) for row_ids, _ in self.exact.blocks]
         self._covered = _joined([ours for _, ours in alive])
         self._tail = _joined([np.setdiff1d(row_ids, ours, assume_unique=True) for row_ids, ours in alive])
         self._dead = index is not None and len(index) != self._covered.size
@@ -69,7 +70,7 @@ class LiveIndex:
         except (StoreDamaged, Incompatible, MissingExtra) as error:
             warnings.warn(StoreWarning(f"{error}; searching exactly. Next: {error.next_step}"), stacklevel=2)
             return cls(blocks, metric)
-        return cls(blocks, metric, index, card.row_ranges)
+        return cls(blocks, metric, index, card.row_ranges, card.costs)
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -77,25 +78,38 @@ class LiveIndex:
     def search(self, queries: ArrayLike, k: int, among: ArrayLike | None = None, *, exact: bool = False) -> Hits:
         """The k nearest live rows of each query (m, d) among the rows that `among` lists; `exact` leaves FAISS out."""
         rows = checked_rows(among)
-        if exact or self._index is None or self._few(rows):
-            return self.exact.search(queries, k, rows)
         asked = checked_queries(queries, k, self.exact.dim)
-        fetch = max(_FETCH * k, k + _FETCH_MORE)
-        allowed = self._covered if rows is None and self._dead else rows
-        rough = self._index.search(asked, fetch, allowed)
-        parts = [self.exact.rerank(asked, _only(rough, rows), k)]
+        if exact or self._index is None or self._exactly(rows, asked.shape[0]):
+            return self.exact.search(asked, k, rows)
+        allowed = self._allowed(rows)
+        fetch = self._index.recipe.rows_fetched(k, filtered=allowed is not None)
+        rough = self._index.search(asked, fetch, allowed, enough=k)
+        hits = self.exact.rerank(asked, _only(rough, rows), k)
         if self._tail.size:
             tail = self._tail if rows is None else np.intersect1d(self._tail, rows, assume_unique=True)
-            parts.append(self.exact.search(asked, k, tail))
-        hits = merge(parts, k)
-        short = np.flatnonzero(hits.found.sum(axis=1) < min(k, self.exact.count(rows)))
-        if short.size:
+            hits = merge([hits, self.exact.search(asked, k, tail)], k)
+        short = np.flatnonzero(hits.row_ids[:, -1] == NO_ROW)
+        if short.size and self.exact.count(rows) > hits.found[short].sum(axis=1).min():
             again = self.exact.search(asked[short], k, rows)
             hits.row_ids[short], hits.distances[short] = again.row_ids, again.distances
         return hits
 
-    def _few(self, rows: RowIds | None) -> bool:
-        return rows is not None and rows.size <= max(_ALWAYS_EXACT, _EXACT_SHARE * len(self))
+    def _exactly(self, rows: RowIds | None, queries: int) -> bool:
+        return rows is not None and self.costs.exact_is_cheaper(rows.size, queries)
+
+    def _allowed(self, rows: RowIds | None) -> RowIds | Kept | None:
+        """What FAISS may return: rows that live no more would take the place of others."""
+        if not self._dead:
+            return rows
+        return self._alive if rows is None else covered(rows, self._alive_ranges)
+
+    @cached_property
+    def _alive(self) -> Kept | None:
+        return self._index.keep(self._covered) if self._index and self._covered.size else None
+
+    @cached_property
+    def _alive_ranges(self) -> tuple[tuple[int, int], ...]:
+        return row_ranges([self._covered])
 
 
 def search(
@@ -117,8 +131,9 @@ def _only(hits: Hits, rows: RowIds | None) -> Hits:
     """The hits that a filter keeps, checked again whatever the index did with it."""
     if rows is None:
         return hits
-    kept = np.isin(hits.row_ids, rows)
-    return Hits(np.where(kept, hits.row_ids, -1), np.where(kept, hits.distances, np.float32(np.inf)))
+    places = np.minimum(np.searchsorted(rows, hits.row_ids), rows.size - 1)
+    kept = rows[places] == hits.row_ids if rows.size else np.zeros(hits.row_ids.shape, dtype=bool)
+    return Hits(np.where(kept, hits.row_ids, NO_ROW), np.where(kept, hits.distances, np.float32(np.inf)))
 
 
 def _joined(parts: Sequence[RowIds]) -> RowIds:

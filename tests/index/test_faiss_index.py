@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from isimed_index.errors import Incompatible, MissingExtra, StoreDamaged
-from isimed_index.index.faiss_index import FaissIndex, Recipe
+from isimed_index.index import faiss_index
+from isimed_index.index.faiss_index import FaissIndex
+from isimed_index.index.recipe import Recipe
 
 RNG = np.random.default_rng(11)
 VECTORS = RNG.uniform(-100, 100, (4_000, 3)).astype(np.float32)
@@ -56,8 +59,8 @@ def test_more_probes_find_more(lists: FaissIndex) -> None:
         found = index.search(VECTORS[:100], 10).row_ids
         return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth, strict=True)]))
 
-    assert recall(lists) < recall(lists.with_probes(8))
-    assert recall(lists.with_probes(32)) > 0.9
+    assert recall(lists) < recall(lists.with_recipe(probes=8))
+    assert recall(lists.with_recipe(probes=32)) > 0.9
 
 
 def test_round_trip(lists: FaissIndex, tmp_path: Path) -> None:
@@ -65,6 +68,84 @@ def test_round_trip(lists: FaissIndex, tmp_path: Path) -> None:
     again = FaissIndex.load(tmp_path, "l2", RECIPE, digest)
     assert len(again) == 4_000
     assert again.search(VECTORS[:9], 5).row_ids.tolist() == lists.search(VECTORS[:9], 5).row_ids.tolist()
+
+
+@pytest.mark.parametrize("factory", ["IVF32,SQ8", "PCA2,IVF32,SQ8", "PCAR2,IVF32,RaBitQfs", "PCAR2,IVF32,PQ1x4fs"])
+def test_a_large_file_is_mapped_and_answers_the_same(
+    tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(factory, 32, 4, reach=300)
+    built = FaissIndex.build([(ROW_IDS, VECTORS)], "l2", recipe, 3, VECTORS)
+    digest = built.save(tmp_path)
+    monkeypatch.setattr(faiss_index, "MAPPED_FROM", 1)
+    mapped = FaissIndex.load(tmp_path, "l2", recipe, digest)
+    assert "index.faiss" in Path("/proc/self/maps").read_text()
+    among = ROW_IDS[::3]
+    for kept in (None, among):
+        one, other = (index.search(VECTORS[:40], 20, kept) for index in (built, mapped))
+        assert one.row_ids.tolist() == other.row_ids.tolist()
+        assert one.distances.tolist() == other.distances.tolist()
+
+
+def test_a_file_is_hashed_once_while_it_stays_as_it_is(
+    lists: FaissIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = lists.save(tmp_path)
+    FaissIndex.load(tmp_path, "l2", RECIPE, digest)
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        FaissIndex.load(tmp_path, "l2", RECIPE, digest)
+    path = tmp_path / "index.faiss"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(StoreDamaged, match="hash"):
+        FaissIndex.load(tmp_path, "l2", RECIPE, digest)
+
+
+def brute(rows: np.ndarray, query: np.ndarray, k: int) -> set[int]:
+    near = np.argsort(np.linalg.norm(VECTORS[rows] - query, axis=1))[:k]
+    return set(ROW_IDS[rows][near].tolist())
+
+
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "PCAR3,IVF32,Flat"])
+@pytest.mark.parametrize("far", [1, 1_000_000])
+def test_a_filter_reaches_the_nearest_lists_that_hold_kept_rows(factory: str, far: int) -> None:
+    """One side of the data, asked from the other; row ids close together, and far apart."""
+    row_ids = ROW_IDS * far
+    index = FaissIndex.build([(row_ids, VECTORS)], "l2", Recipe(factory, 32, 1, reach=250, deep=1.0), 3, VECTORS)
+    side = np.sort(np.argsort(VECTORS[:, 0])[:400])
+    hits = index.search([[100.0, 0, 0]], 10, row_ids[side])
+    assert np.isin(hits.row_ids, row_ids[side]).all()
+    found = {row // far for row in hits.row_ids[0].tolist()}
+    assert len(found & brute(side, np.array([100.0, 0, 0]), 10)) >= 9
+    small = index.with_recipe(reach=11).search([[100.0, 0, 0]], 10, row_ids[side])
+    assert small.found.all()
+
+
+def test_cosine_of_projected_copies_is_that_of_the_vectors() -> None:
+    """Centring keeps the order of distances of unit vectors, not that of their inner products."""
+    shifted = VECTORS + 150
+    index = FaissIndex.build([(ROW_IDS, shifted)], "cosine", Recipe("PCA3,IVF1,Flat", 1, 1), 3, shifted)
+    unit = shifted.astype(np.float64) / np.linalg.norm(shifted, axis=1, keepdims=True)
+    truth = 1 - unit[:30] @ unit.T
+    hits = index.search(shifted[:30], 10)
+    np.testing.assert_allclose(hits.distances, np.sort(truth, axis=1)[:, :10], atol=1e-6)
+
+
+def test_more_neighbours_visit_more(lists: FaissIndex) -> None:
+    """A recipe that is tuned for ten neighbours holds for a hundred."""
+    tuned = lists.with_recipe(probes=6, fetch=2.0)
+    exact = FaissIndex.build([(ROW_IDS, VECTORS)], "l2", Recipe("Flat"), 3)
+
+    def recall(k: int) -> float:
+        truth = exact.search(VECTORS[:60], k).row_ids
+        found = tuned.search(VECTORS[:60], tuned.recipe.rows_fetched(k)).row_ids
+        return float(np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]))
+
+    assert recall(10) > 0.9
+    assert recall(200) >= recall(10) - 0.01
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])

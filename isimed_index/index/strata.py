@@ -1,0 +1,99 @@
+"""The recall contract: recall@10 without filter and under filters of four sizes and three shapes.
+
+    random   any rows                     the easy case: kept rows lie around every query
+    side     lowest along the main axis   one half of the body, one end of a scale
+    ball     nearest to one row           one organ; most queries ask from far away
+
+Embeddings follow position, so that a filter on position cuts a region out of them: an index that looks near the query
+alone finds next to nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.index.costs import best_ms
+from isimed_index.index.exact import ExactIndex, unit_length
+from isimed_index.index.protocol import Index, RowIds
+from isimed_index.index.recall import AT, RecallTest, at_least, at_most
+
+Shape = Literal["all", "random", "side", "ball"]
+
+SHARES = (0.001, 0.01, 0.1, 0.5)
+_TIMED = 9  # queries asked one at a time, for the median
+
+
+@dataclass(frozen=True, slots=True)
+class Stratum:
+    """Recall@10 under one kind of filter."""
+
+    shape: Shape
+    share: float  # of the rows that the filter keeps
+    recall: float  # mean over the queries
+    at_least: float  # one-sided bound of the mean, 95 %
+    at_most: float
+    queries: int
+    ms: float  # median of single queries
+
+    @property
+    def name(self) -> str:
+        """Such as `all`, or `side 10%`."""
+        return self.shape if self.shape == "all" else f"{self.shape} {self.share:.3g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A filter of one shape and size, and the queries that it is tried with."""
+
+    shape: Shape
+    share: float
+    test: RecallTest
+
+    def measure(self, index: Index) -> Stratum:
+        """Recall and time of an index with true distances under this filter."""
+        shares = self.test.of_each(index)
+        recall = float(shares.mean()) if shares.size else 1.0
+        asked = self.test.queries[: min(_TIMED, len(self.test.queries))]
+        times = [best_ms(index.search, query[None], AT, self.test.among, repeats=2) for query in asked]
+        bounds = (max(0.0, at_least(shares)), min(1.0, at_most(shares)))
+        return Stratum(self.shape, self.share, recall, *bounds, shares.size, float(np.median(times)))
+
+
+def filters(exact: ExactIndex, held_out: RowIds, seed: int) -> Iterator[Filter]:
+    """Filters of every shape and size, each with the truth for the rows `held_out`."""
+    for shape, share, rows in _kept_rows(exact, held_out, np.random.default_rng(seed)):
+        yield Filter(shape, share, RecallTest.prepare(exact, held_out, rows))
+
+
+def _kept_rows(exact: ExactIndex, held_out: RowIds, rng: np.random.Generator) -> Iterator[tuple[Shape, float, RowIds]]:
+    """What a filter of each shape and size keeps: rising row ids."""
+    row_ids = np.concatenate([ids for ids, _ in exact.blocks])
+    orders: dict[Shape, NDArray[np.float32]] = {"random": rng.random(row_ids.size, dtype=np.float32)}
+    orders["side"], orders["ball"] = _heights(exact, held_out, int(rng.choice(row_ids)))
+    for shape, order in orders.items():
+        ranked = np.argsort(order, kind="stable")
+        for share in SHARES:
+            yield shape, share, np.sort(row_ids[ranked[: max(1, int(share * row_ids.size))]])
+
+
+def _heights(exact: ExactIndex, held_out: RowIds, centre: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of every row, its place along the main axis of the held-out rows, and its distance from the row `centre`."""
+    sample = exact.vectors(held_out)
+    axis: NDArray[np.float32] = np.linalg.svd(sample - sample.mean(axis=0), full_matrices=False)[2][0]
+    middle = exact.vectors([centre])
+    height, away = [], []
+    for _, vectors in exact.pieces(None):
+        plain = np.asarray(vectors, dtype=np.float32)
+        # Not by BLAS, which may tell of invalid values where there are none: in what lies behind a short row.
+        height.append(np.einsum("nd,d->n", plain, axis))
+        if exact.metric == "cosine":
+            away.append(1 - np.einsum("nd,d->n", unit_length(plain), unit_length(middle)[0]))
+        else:
+            apart = plain - middle
+            away.append(np.einsum("nd,nd->n", apart, apart))
+    return np.concatenate(height), np.concatenate(away)

@@ -1,0 +1,176 @@
+"""Trials: candidates are built and tuned; the quickest that reaches the target is judged on rows that it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isimed_index.errors import RecallBelowTarget
+from isimed_index.index.candidates import candidates, intrinsic, is_small
+from isimed_index.index.card import Tried
+from isimed_index.index.exact import ExactIndex
+from isimed_index.index.faiss_index import FaissIndex, copies
+from isimed_index.index.goal import Goal, Samples
+from isimed_index.index.recall import RecallTest
+from isimed_index.index.recipe import Recipe, ram_bytes
+from isimed_index.index.spectrum import Axes
+from isimed_index.index.strata import Filter
+from isimed_index.index.tune import Tuned, live, stronger, tune
+
+TRIAL_FLOATS = 1 << 26  # rows x dimensions of a trial: 65,536 rows of 1024
+_STEPS_UP = 4  # stronger settings that are judged before the next recipe is
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What recipes over some rows are built from."""
+
+    exact: ExactIndex
+    test: RecallTest  # of the rows that tune
+    sample: NDArray[np.float32]  # (s, d) training vectors, as an index holds them
+    axes: Axes | None  # None where there are so few rows that nothing but flat is tried
+
+    def build(self, recipe: Recipe) -> FaissIndex:
+        """An index of this recipe over all of the rows."""
+        pieces, dim = self.exact.pieces(None), self.exact.dim or 0
+        return FaissIndex.build(pieces, self.exact.metric, recipe, dim, self.sample, self.axes)
+
+
+def choose(
+    exact: ExactIndex, goal: Goal, samples: Samples, judge: RecallTest, tuning: Sequence[Filter]
+) -> tuple[tuple[Tried, ...], FaissIndex]:
+    """The quickest index that reaches the goal, and what was tried; `RecallBelowTarget` when none does.
+
+    `judge` has rows that tune nothing; the filters `tuning` have a say in how many dimensions are kept.
+    """
+    n, dim = len(exact), exact.dim or 0
+    tuners = samples.tuners if samples.tuners.size else samples.judges
+    sample = copies(exact.vectors(samples.training), exact.metric)
+    axes = None if is_small(n, dim) else Axes.of(sample)
+    trained = Trained(exact, RecallTest.prepare(exact, tuners), sample, axes)
+    tried: list[Tried] = []
+    for recipes in _groups(trained, tuning, goal.min_recall):
+        fitting = [recipe for recipe in recipes if goal.fits(recipe, n, dim)]
+        tried += [_untried(recipe, n, dim) for recipe in recipes if recipe not in fitting]
+        chosen = _best(trained, fitting, goal, judge, tried)
+        if chosen is not None:
+            return tuple(tried), chosen
+    raise _below_target(tried, goal, ram_bytes(Recipe("Flat"), n, dim))
+
+
+def _groups(trained: Trained, tuning: Sequence[Filter], min_recall: float) -> Iterator[list[Recipe]]:
+    """Candidates in groups: a later one only where none of the earlier reaches the goal. Flat, exact, is the last."""
+    n, dim = len(trained.exact), trained.exact.dim or 0
+    if trained.axes is not None:
+        dims = intrinsic(trained.exact, trained.axes, trained.test, tuning, min_recall)
+        yield from candidates(n, dim, dims)
+    yield [Recipe("Flat", fetch=2.0)]
+
+
+def _best(
+    trained: Trained, recipes: Sequence[Recipe], goal: Goal, judge: RecallTest, tried: list[Tried]
+) -> FaissIndex | None:
+    """The quickest of the recipes that the judges let pass; adds to `tried`."""
+    on_sample = _on_sample(trained)
+    first = [_try(on_sample, recipe, goal) for recipe in recipes]
+    whole = on_sample is trained
+    chosen: FaissIndex | None = None
+    verdicts = {}
+    for tuned in sorted((one for one in first if one.ms is not None), key=lambda one: one.ms or 0.0):
+        if chosen is not None:
+            verdicts[tuned.index.recipe.factory] = "slower"
+            continue
+        again = (
+            tuned if whole else tune(trained.build(tuned.index.recipe), trained.exact, trained.test, goal.min_recall)
+        )
+        verdict, passed = _judged(again, trained.exact, goal, judge)
+        verdicts[tuned.index.recipe.factory] = verdict
+        if passed is not None:
+            chosen = passed
+    for tuned in first:
+        verdict = verdicts.get(tuned.index.recipe.factory, "recall out of reach")
+        tried.append(_entry(tuned, on_sample.exact, trained.exact, verdict))
+    return chosen
+
+
+def _try(trained: Trained, recipe: Recipe, goal: Goal) -> Tuned:
+    return tune(trained.build(recipe), trained.exact, trained.test, goal.min_recall)
+
+
+def _judged(tuned: Tuned, exact: ExactIndex, goal: Goal, judge: RecallTest) -> tuple[str, FaissIndex | None]:
+    """The verdict on a tuned index over all rows, and the index, made stronger if need be, where it passes."""
+    if tuned.ms is None:
+        return "recall out of reach over all rows", None
+    if not goal.in_time(tuned.ms):
+        return "too slow", None
+    index = tuned.index
+    for _ in range(_STEPS_UP):
+        if judge.recall(live(exact, index)) >= goal.min_recall:
+            return "taken", index
+        if not index.recipe.lists:
+            break
+        index = stronger(index)
+    return "refused by the judges", None
+
+
+def _on_sample(trained: Trained) -> Trained:
+    """The same over so few rows that a trial is quick; itself where there are not more."""
+    exact = trained.exact
+    rows = TRIAL_FLOATS // (exact.dim or 1)
+    if rows >= len(exact):
+        return trained
+    row_ids = np.concatenate([ids for ids, _ in exact.blocks])
+    drawn = np.random.default_rng(0).choice(row_ids, rows, replace=False)
+    asked = np.random.default_rng(1).choice(drawn, trained.test.queries.shape[0], replace=False)
+    some = np.sort(drawn)
+    sample = ExactIndex([(some, exact.vectors(some).astype(np.float16))], exact.metric)
+    return replace(trained, exact=sample, test=RecallTest.prepare(sample, np.sort(asked)))
+
+
+def _entry(tuned: Tuned, tried_on: ExactIndex, exact: ExactIndex, verdict: str) -> Tried:
+    recipe = tuned.index.recipe
+    return Tried(
+        recipe.factory,
+        len(tried_on),
+        recipe.probes,
+        recipe.fetch,
+        tuned.recall,
+        tuned.at_least,
+        tuned.ms,
+        ram_bytes(recipe, len(exact), exact.dim or 0),
+        verdict,
+    )
+
+
+def _untried(recipe: Recipe, n: int, dim: int) -> Tried:
+    size = ram_bytes(recipe, n, dim)
+    return Tried(recipe.factory, n, 0, recipe.fetch, None, None, None, size, "more memory than allowed")
+
+
+def _below_target(tried: Sequence[Tried], goal: Goal, flat_bytes: int) -> RecallBelowTarget:
+    """What was reached, and what would reach the target: a flat index is exact, if it may take memory and time."""
+    asked = f"the target is {goal.min_recall:g}"
+    slow = [one for one in tried if one.verdict == "too slow" and one.ms is not None]
+    if slow:
+        quickest = min(one.ms or 0.0 for one in slow)
+        return RecallBelowTarget(
+            f"{asked}, which takes {quickest:.2f} ms a query here, more than {goal.max_latency_ms:g} ms",
+            next_step=f"allow a max_latency of {_above(quickest)} ms, or ask for a lower min_recall",
+        )
+    best = max((one.recall for one in tried if one.recall is not None), default=0.0)
+    found = f"recall@10 is {best:.4f}" if best else "no index fits"
+    lower = f", or ask for a min_recall of {int(best * 1e4) / 1e4} or less" if best else ""
+    if goal.max_ram_bytes is None:
+        return RecallBelowTarget(f"{found}, {asked}", next_step=f"search with exact=True{lower}")
+    return RecallBelowTarget(
+        f"{found} within {goal.max_ram_bytes / 2**20:.1f} MiB, {asked}",
+        next_step=f"raise max_ram to {_above(flat_bytes / 2**20)} MiB, which holds an exact index{lower}",
+    )
+
+
+def _above(number: float) -> float:
+    """Rounded up to two digits behind the point, so that what is named is enough."""
+    return float(np.ceil(number * 100) / 100)
