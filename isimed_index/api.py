@@ -14,11 +14,12 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from isimed_index.encoders.trust import trusted
-from isimed_index.errors import StoreWarning, UsageError
+from isimed_index.errors import Incompatible, NotFound, StoreDamaged, StoreWarning, UsageError
 from isimed_index.ingest.add import add
 from isimed_index.ingest.options import AddOptions
 from isimed_index.ingest.report import AddReport, Refusal
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from isimed_index.exchange.folder import Exported
     from isimed_index.exchange.incoming import Imported
     from isimed_index.exchange.volume import ExportedScan
+    from isimed_index.index.card import IndexCard
     from isimed_index.indexing import IndexReport
     from isimed_index.lookup import Lookup, Source
     from isimed_index.matches import Matches, SameSubject
@@ -94,23 +96,30 @@ def check(
     progress: Progress | None = None,
     phi: bool = False,
     phi_list: FilePath | None = None,
+    recall: bool = False,
 ) -> list[Finding]:
     """What is not as it should be in the store at `path`, which may be too damaged to be opened.
 
     Sizes are always compared; a share `read` (0 to 1) of the bytes is read and hashed. With `phi`, every file is also
     searched for what may identify a patient: by its look, and by `phi_list`, a file with one identifier a line.
-    Findings of severity `leak` say where and how often, never what.
+    Findings of severity `leak` say where and how often, never what. With `recall` the recall of every index is measured
+    again, over the patches that live now.
     """
     from isimed_index.store.upkeep.audit import audit
 
     repository = Repository.unchecked(path)
+    found = audit(repository, read, progress=progress)
+    if recall:
+        from isimed_index.promises import broken_promises
+
+        found += broken_promises(repository, progress)
     if not phi and phi_list is None:
-        return audit(repository, read, progress=progress)
+        return found
     from isimed_index.phi.identifiers import Identifiers
     from isimed_index.phi.leaks import leaks
 
     known = None if phi_list is None else Identifiers.read(Path(phi_list))
-    return [*audit(repository, read, progress=progress), *leaks(repository.storage, known, progress)]
+    return [*found, *leaks(repository.storage, known, progress)]
 
 
 def repair(path: FilePath, progress: Progress | None = None) -> Repaired:
@@ -323,6 +332,7 @@ class Store:
         progress: Progress | None = None,
         runtime: str = "auto",
         precision: str = "fp32",
+        max_latency_ms: float | None = None,
     ) -> IndexReport:
         """Encode every patch of the scans that `where` keeps, fit the canonical frame and build the index.
 
@@ -332,6 +342,8 @@ class Store:
         torch, openvino or onnx, or `auto`: on a CPU the fastest that a short trial finds. `precision` is fp32 or bf16;
         scans that are encoded in the other one are encoded again. Ctrl-C, once it is known what is to be done, is
         raised as a `KeyboardInterrupt` that has the `report` of what is committed; so has any other error.
+        The index is the quickest of those tried that reaches `min_recall` (recall@10) within `max_ram` bytes of memory
+        and `max_latency_ms` a query.
         """
         from isimed_index.encoders.runtimes.kind import Runtime
         from isimed_index.indexing import index_scans
@@ -341,7 +353,9 @@ class Store:
         repository = self._writing()
         self.refresh()
         named = self._stored_encoder(encoder)
-        options = IndexOptions(named, stride_mm, scheduler, device, min_recall, max_ram, self._trust, asked)
+        options = IndexOptions(
+            named, stride_mm, scheduler, device, min_recall, max_ram, self._trust, asked, max_latency_ms
+        )
         try:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())
         finally:
@@ -669,7 +683,7 @@ class Store:
             "patches": snapshot.manifest.rows,
             "segments": len(snapshot.artefacts("segment")),
             "encoders": [snapshot.card(artefact)["name"] for artefact in snapshot.artefacts("encoder")],
-            "indexes": self.sql("SELECT encoder, kind, rows, recall_at_10 FROM indexes").to_pylist(),
+            "indexes": self._indexes(),
             "awaited": [
                 {"encoder": encoder, "scans": len(scans), "named": scans[:NAMED]}
                 for encoder, scans in awaited.items()
@@ -677,6 +691,28 @@ class Store:
             ],
             "bytes": sum(artefact.bytes for artefact in snapshot.manifest.artefacts),
         }
+
+    def _indexes(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.sql("SELECT encoder, kind, rows, recall_at_10 FROM indexes").to_pylist()
+        for row in rows:
+            with suppress(NotFound, StoreDamaged, Incompatible):  # it is listed all the same; `check` tells more
+                card = self.index_card(row["encoder"])
+                row |= {"ms": card.ms, "memory_bytes": card.resident_bytes}
+                row["recall"] = {stratum.name: stratum.recall for stratum in card.strata}
+        return rows
+
+    def index_card(self, encoder: str | None = None) -> IndexCard:
+        """What is known of the index over an encoder's patches: its recall, and why it is laid out as it is.
+
+        `explain` of it says so in words. `NotFound` where there is no index; `StoreDamaged` where it cannot be read.
+        """
+        from isimed_index.encoders.card import read_card
+        from isimed_index.index.card import IndexCard
+
+        found = self.snapshot.index_path(read_card(self.snapshot.encoder_path(encoder)).id)
+        if found is None:
+            raise NotFound("there is no index that can be read", next_step="isimed index")
+        return IndexCard.read(found)
 
     def evaluate(
         self,

@@ -26,8 +26,9 @@ from isimed_index.encode import (
 )
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import Incompatible, IsimedError, NotFound, ScanRefused, StoreDamaged, StoreWarning
-from isimed_index.index.card import IndexCard, row_ranges
-from isimed_index.index.plan import build_index, ram_bytes
+from isimed_index.index.card import FORMAT_VERSION, IndexCard, row_ranges
+from isimed_index.index.plan import build_index
+from isimed_index.index.recipe import ram_bytes
 from isimed_index.ingest.report import Refusal
 from isimed_index.planning import (
     IndexOptions,
@@ -315,13 +316,15 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
         newest = snapshot.newest("index", card.id)
         if newest is not None and newest.fields["covers"] == covers:
             built = _stored_index(snapshot, card.id)
-            if built is not None and built.min_recall >= options.min_recall and _fits(built, options.max_ram):
+            if built is not None and _is_good_enough(built, options):
                 return built
         blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
         cards: list[IndexCard] = []
 
         def build(directory: Path) -> None:
-            cards.append(build_index(directory, blocks, card.metric, options.min_recall, options.max_ram))
+            limits = (options.min_recall, options.max_ram)
+            made = build_index(directory, blocks, card.metric, *limits, max_latency_ms=options.max_latency_ms)
+            cards.append(made)
 
         _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
         return cards[0]
@@ -336,8 +339,12 @@ def _stored_index(snapshot: Snapshot, encoder_id: str) -> IndexCard | None:
         return None
 
 
-def _fits(built: IndexCard, max_ram: int | None) -> bool:
-    return max_ram is None or ram_bytes(built.recipe, built.rows, built.dim) <= max_ram
+def _is_good_enough(built: IndexCard, options: IndexOptions) -> bool:
+    """Whether a stored index promises what is asked for; one of an older format promises nothing under filters."""
+    size, limit = ram_bytes(built.recipe, built.rows, built.dim), options.max_latency_ms
+    fits = options.max_ram is None or size <= options.max_ram
+    quick = limit is None or (built.ms is not None and built.ms <= limit)
+    return built.format_version == FORMAT_VERSION and built.min_recall >= options.min_recall and fits and quick
 
 
 def _commit_one(

@@ -58,6 +58,7 @@ class IndexOptions:
     max_ram: int | None = None
     trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
     runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
+    max_latency_ms: float | None = None  # of a single query without filter
 
     def __post_init__(self) -> None:
         check_scheduler(self.scheduler)

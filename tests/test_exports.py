@@ -21,7 +21,7 @@ SIGNATURES = {
     "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None, "
     "tensorboard=None, wandb=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
-    "max_ram=None, progress=None, runtime='auto', precision='fp32'",
+    "max_ram=None, progress=None, runtime='auto', precision='fp32', max_latency_ms=None",
     "plan_index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', progress=None, "
     "runtime='auto', precision='fp32'",
     "similar": "scan, label=None, k=10, where=None, same_subject='exclude', pooling='mean', encoder=None",
@@ -39,6 +39,7 @@ SIGNATURES = {
     "encoder": "encoder=None",
     "log": "",
     "info": "",
+    "index_card": "encoder=None",
     "evaluate": "encoder=None, where=None, label_where=None, pairs=60, seed=0, progress=None",
     "plot": "figure, out, encoder=None, point=None, scan=None, space='ras', k=3, where=None, seed=0",
     "export": "out, layout='parquet', where=None, encoder=None, voxels=False, vectors=False, progress=None",
@@ -79,7 +80,7 @@ def test_exported_names():
 
 def test_open_and_create():
     assert signature(isimed_index.open) == "path, mode='a', generation=None, tag=None, trust=None"
-    assert signature(isimed_index.check) == "path, read=0.0, progress=None, phi=False, phi_list=None"
+    assert signature(isimed_index.check) == "path, read=0.0, progress=None, phi=False, phi_list=None, recall=False"
     assert signature(isimed_index.repair) == "path, progress=None"
     assert signature(isimed_index.create) == "path, trust=None"
 

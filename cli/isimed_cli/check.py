@@ -11,6 +11,7 @@ from isimed_cli.app import Format, Session, command
 from isimed_cli.options import ReportOption
 
 DAMAGED = 12
+BELOW_TARGET = 14
 LEAKING = 15
 
 
@@ -39,18 +40,22 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", exists=True, help="Identifiers to search for, one a line; turns --phi on."),
     ] = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Also measure the recall of every index again.")] = False,
 ) -> None:
     """Find what is damaged or out of place, and with --phi what may identify a patient.
 
+    With --recall every index is asked anew, against exact search, whether it keeps the recall that it was built for.
+
     Sizes, counts, row ids, coverage, encoders and references are always compared.
-    One row a finding; exit 12 when one of them is damage, 15 when one may identify a patient, 0 otherwise.
+    One row a finding; exit 12 when one of them is damage, 15 when one may identify a patient, 14 when an index
+    has lost recall, 0 otherwise.
     """
     import isimed_index
     from isimed_cli.render import show_table
     from isimed_index.store.upkeep.findings import as_table
 
     with session.progress() as progress:
-        found = isimed_index.check(session.store, read_data, progress, phi, phi_list)
+        found = isimed_index.check(session.store, read_data, progress, phi, phi_list, recall)
     if found or session.format is not Format.TABLE or session.out is not None:
         show_table(as_table(found), session.format, session.out)
     damage = sum(finding.severity == "damage" for finding in found)
@@ -66,6 +71,9 @@ def check(
         raise typer.Exit(DAMAGED)
     if leaks:
         raise typer.Exit(LEAKING)
+    if any(finding.kind == "recall_below_target" for finding in found):
+        session.note("Next: isimed index")
+        raise typer.Exit(BELOW_TARGET)
 
 
 @command("repair", example="isimed repair --report repaired.json", rows=True)

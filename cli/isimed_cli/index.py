@@ -53,6 +53,12 @@ def index(
     max_ram: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Most memory for the index, such as 4G.")
     ] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(metavar="MS", min=0.001, help="Most time of a query in the index, such as 0.5.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only say how the stored index was chosen: what was tried and measured.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and what time and room it would take.")
     ] = False,
@@ -79,15 +85,19 @@ def index(
         "runtime": runtime,
         "precision": precision,
     }
+    if explain:
+        _explain(session, encoder)
+        return
     if dry_run:
         _plan(session, paths, report, asked)
         return
+    limits: dict[str, Any] = {"min_recall": min_recall, "max_ram": max_ram, "max_latency_ms": max_latency}
     try:
         try:
             store, before = add_first(session, paths)
             refused += before
             with session.progress() as progress:
-                done = store.index(**asked, min_recall=min_recall, max_ram=max_ram, progress=progress)
+                done = store.index(**asked, **limits, progress=progress)
         except (Exception, KeyboardInterrupt) as error:
             _report_end(report, error, refused)
             raise
@@ -122,6 +132,17 @@ def _report_end(report: Path | None, error: BaseException, refused: list[Refusal
         }
     with suppress(OSError):  # the disk may be full by now, and the error itself says more than that
         write_report(report, fields, refused)
+
+
+def _explain(session: Session, encoder: str | None) -> None:
+    """Show the plan of the stored index: a text, or its card as it is written beside it."""
+    from isimed_cli.render import show_fields
+
+    card = session.open(mode="r").index_card(encoder)
+    if session.format is Format.TABLE:
+        typer.echo(card.explain())
+    else:
+        show_fields(card.to_json(), session.format)
 
 
 def _fields(done: IndexReport, refused: Sequence[Refusal]) -> dict[str, Any]:

@@ -88,6 +88,14 @@ def build_index(
     return card
 
 
+def measure_again(live: LiveIndex, seed: int = 2) -> tuple[Stratum, ...]:
+    """The recall contract of an index as it is now, over live rows, asked by other rows than when it was built."""
+    exact = live.exact
+    asking = Samples.draw(exact, seed).judges
+    judge = Filter("all", 1.0, RecallTest.prepare(exact, asking))
+    return tuple(one.measure(live) for one in (judge, *filters(exact, asking[:_FILTER_QUERIES], seed)))
+
+
 def _costs(exact: ExactIndex, index: FaissIndex, asking: RowIds, seed: int) -> Costs:
     queries = exact.vectors(asking)
     row_ids = np.random.default_rng(seed).permutation(np.concatenate([ids for ids, _ in exact.blocks]))

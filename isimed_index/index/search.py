@@ -72,6 +72,11 @@ class LiveIndex:
             return cls(blocks, metric)
         return cls(blocks, metric, index, card.row_ranges, card.costs)
 
+    @property
+    def index(self) -> FaissIndex | None:
+        """What answers for the rows that it covers; None where every search is exact."""
+        return self._index
+
     def __len__(self) -> int:
         return len(self.exact)
 
