@@ -69,7 +69,7 @@ class Costs:
         )
 
 
-UNKNOWN = Costs(0.0, 1.0, 0.0, 5_000.0, 0.05, 0.0)  # of an index of format 1: exact up to 5000 rows, or 5 % of all
+UNKNOWN = Costs(0.0, 1.0, 0.0, 5_000.0, 0.05, 0.0)  # of an index of format 1: exact up to 5000 rows
 NEVER_EXACT = Costs(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.errors import EncoderMismatch, Incompatible, MissingExtra, StoreDamaged, StoreWarning
 from isimed_index.index.card import IndexCard, covered, row_ranges
@@ -23,7 +23,19 @@ from isimed_index.index.costs import UNKNOWN, Costs
 from isimed_index.index.exact import ExactIndex
 from isimed_index.index.faiss_index import FaissIndex
 from isimed_index.index.lists import Kept
-from isimed_index.index.protocol import NO_ROW, Block, Hits, Metric, RowIds, checked_queries, checked_rows, merge
+from isimed_index.index.protocol import (
+    NO_ROW,
+    Block,
+    Hits,
+    Metric,
+    RowIds,
+    checked_queries,
+    checked_rows,
+    merge,
+    nothing,
+)
+
+_ROWS_AT_ONCE = 1 << 21  # rows that are ranked again, of several queries
 
 
 class LiveIndex:
@@ -86,10 +98,7 @@ class LiveIndex:
         asked = checked_queries(queries, k, self.exact.dim)
         if exact or self._index is None or self._exactly(rows, asked.shape[0]):
             return self.exact.search(asked, k, rows)
-        allowed = self._allowed(rows)
-        fetch = self._index.recipe.rows_fetched(k, filtered=allowed is not None)
-        rough = self._index.search(asked, fetch, allowed, enough=k)
-        hits = self.exact.rerank(asked, _only(rough, rows), k)
+        hits = self._by_index(self._index, asked, k, rows)
         if self._tail.size:
             tail = self._tail if rows is None else np.intersect1d(self._tail, rows, assume_unique=True)
             hits = merge([hits, self.exact.search(asked, k, tail)], k)
@@ -98,6 +107,24 @@ class LiveIndex:
             again = self.exact.search(asked[short], k, rows)
             hits.row_ids[short], hits.distances[short] = again.row_ids, again.distances
         return hits
+
+    def _by_index(self, index: FaissIndex, asked: NDArray[np.float64], k: int, rows: RowIds | None) -> Hits:
+        """The nearest of the rows that the index covers, ranked by the stored vectors; some queries at a time."""
+        allowed = self._allowed(rows)
+        kept = index.keep(allowed) if isinstance(allowed, np.ndarray) and allowed.size else allowed
+        fetch = min(index.recipe.rows_fetched(k, filtered=kept is not None), max(k, len(index)))
+        step = max(1, _ROWS_AT_ONCE // fetch)
+        parts = []
+        for start in range(0, asked.shape[0], step):
+            some = asked[start : start + step]
+            rough = index.search(some, fetch, kept, enough=k)
+            parts.append(self.exact.rerank(some, _only(rough, rows), k))
+        if len(parts) == 1:
+            return parts[0]
+        empty = [nothing(0, k)]
+        return Hits(
+            *(np.concatenate([getattr(part, name) for part in empty + parts]) for name in ("row_ids", "distances"))
+        )
 
     def _exactly(self, rows: RowIds | None, queries: int) -> bool:
         return rows is not None and self.costs.exact_is_cheaper(rows.size, queries)

@@ -21,6 +21,7 @@ from isimed_index.index.strata import Filter
 from isimed_index.index.tune import Tuned, live, stronger, tune
 
 TRIAL_FLOATS = 1 << 26  # rows x dimensions of a trial: 65,536 rows of 1024
+_AXES_FLOATS = 1 << 25  # of the sample that principal axes are taken from
 _STEPS_UP = 4  # stronger settings that are judged before the next recipe is
 
 
@@ -49,7 +50,8 @@ def choose(
     n, dim = len(exact), exact.dim or 0
     tuners = samples.tuners if samples.tuners.size else samples.judges
     sample = copies(exact.vectors(samples.training), exact.metric)
-    axes = None if is_small(n, dim) else Axes.of(sample)
+    step = max(1, sample.size // _AXES_FLOATS)
+    axes = None if is_small(n, dim) else Axes.of(sample[::step])
     trained = Trained(exact, RecallTest.prepare(exact, tuners), sample, axes)
     tried: list[Tried] = []
     for recipes in _groups(trained, tuning, goal.min_recall):

@@ -175,7 +175,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "index --encoder first --stride 8 --where nx>3 --scheduler processes --device cpu --min-recall 0.9 "
-        "--max-ram 2G --runtime openvino --precision bf16",
+        "--max-ram 2G --max-latency 0.5 --runtime openvino --precision bf16",
         "index",
         (),
         {
@@ -186,6 +186,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "device": "cpu",
             "min_recall": 0.9,
             "max_ram": 2 * 1024**3,
+            "max_latency_ms": 0.5,
             "runtime": "openvino",
             "precision": "bf16",
         },

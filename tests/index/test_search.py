@@ -75,6 +75,9 @@ class Liar:
     def __len__(self) -> int:
         return 240
 
+    def keep(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
     def search(self, queries: np.ndarray, k: int, among: object, enough: int) -> object:
         hits = ExactIndex(SEGMENTS, "l2").search(queries, k)
         hits.row_ids[:, 1:], hits.distances[:, 1:] = -1, np.inf
@@ -129,6 +132,16 @@ def test_lists_keep_to_the_filter_and_are_never_short(
         np.testing.assert_allclose(distances[: found.size], away, rtol=1e-5)
     again = live.search(queries, k, among, exact=True)
     assert again.row_ids.tolist() == truth.row_ids.tolist()
+
+
+def test_many_queries_are_answered_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveIndex([(np.arange(2_000), MANY[:2_000])], "l2", LISTS.with_recipe(probes=4), ((0, 2_000),), NEVER_EXACT)
+    among = np.arange(0, 2_000, 2)
+    whole = [live.search(MANY[:50], 7, kept) for kept in (None, among)]
+    monkeypatch.setattr("isimed_index.index.search._ROWS_AT_ONCE", 300)
+    for before, kept in zip(whole, (None, among), strict=True):
+        assert live.search(MANY[:50], 7, kept).row_ids.tolist() == before.row_ids.tolist()
+    assert live.search(MANY[:0], 7).row_ids.shape == (0, 7)
 
 
 def test_deleted_rows_do_not_crowd_out_living_ones() -> None:
