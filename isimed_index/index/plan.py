@@ -93,7 +93,9 @@ def measure_again(live: LiveIndex, seed: int = 2) -> tuple[Stratum, ...]:
     exact = live.exact
     asking = Samples.draw(exact, seed).judges
     judge = Filter("all", 1.0, RecallTest.prepare(exact, asking))
-    return tuple(one.measure(live) for one in (judge, *filters(exact, asking[:_FILTER_QUERIES], seed)))
+    lists = live.index is not None and live.index.recipe.lists
+    few = asking[: _FILTER_QUERIES if lists else _FEW_QUERIES]
+    return tuple(one.measure(live) for one in (judge, *filters(exact, few, seed)))
 
 
 def _costs(exact: ExactIndex, index: FaissIndex, asking: RowIds, seed: int) -> Costs:
