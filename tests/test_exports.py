@@ -30,7 +30,11 @@ SIGNATURES = {
     "transform": "scan, reference=None, kind=None",
     "lookup": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', cycle=False, "
     "exact=False, encoder=None",
-    "search": "vectors, k=10, where=None, exact=False, encoder=None",
+    "search": "vectors, k=10, where=None, within=None, exact=False, encoder=None",
+    "search_like": "patches, k=10, where=None, within=None, same_subject='exclude', exact=False, encoder=None",
+    "search_pairs": "k=10, of=None, where=None, within=None, same_subject='exclude', exact=False, encoder=None",
+    "row_ids": "where=None, within=None, encoder=None",
+    "canonical": "point, scan, space='ras', encoder=None",
     "search_patches": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', "
     "cycle=False, exact=False, encoder=None",
     "sql": "query, params=None, timeout_s=30.0",
@@ -69,7 +73,18 @@ def signature(function) -> str:
 
 
 def test_exported_names():
-    names = ["EncoderCard", "IsimedError", "Matches", "PatchGrid", "Scan", "Store", "check", "create", "open", "repair"]
+    types = [
+        "Ball",
+        "Cuboid",
+        "EncoderCard",
+        "IsimedError",
+        "Label",
+        "Matches",
+        "NearestNeighbors",
+        "PatchGrid",
+        "Scan",
+    ]
+    names = [*types, "Store", "check", "create", "open", "repair"]
     assert isimed_index.__all__ == names
     assert dir(isimed_index) == sorted([*names, "__version__"])
     for name in names:
