@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.errors import StoreDamaged, StoreWarning
@@ -44,6 +45,7 @@ FOUNDERS = 128  # scans at most that a template is made from; the others get the
 _GROUP = 64  # charts at least that are worth a commit
 _GROUPS = 8  # or this part of those that are left, for each commit writes the template again
 _KEPT_BYTES = 1 << 30  # of lattices in memory
+_COARSER = 1.25  # times as wide as it would be now, a template is made anew, and all charts with it
 NAMED = 5  # scans without a chart that are told by name
 _SAMPLE = 200  # vectors of each founder that the standard is estimated from
 
@@ -82,21 +84,26 @@ class _Work:
     segments: Mapping[str, Segment]  # by name: results do not depend on the order in which scans were encoded
     stored: Frame | None
     grown: Frame | None
+    template_mm: float  # the spacing that a template made now would have, or what is fine enough if that is less
 
     @classmethod
     def of(cls, snapshot: Snapshot, card: EncoderCard) -> _Work:
         """What there is to do in a generation."""
         segments = dict(sorted(snapshot.segments_by_scan(card.id).items()))
         stored = _stored_frame(snapshot, card)
-        work = cls(card, segments, stored, None)
+        living = {scan: segment.rows for scan, segment in segments.items() if segment.rows}
+        template_mm = _spacing_mm(segments[median_scan(living)].lattice()["affine"]) if living else 0.0
+        work = cls(card, segments, stored, None, max(template_mm, MATCHED_MM))
         for frame in (stored, _successor(snapshot, card)):
             if frame is not None and len(work.missing_from(frame)) - frame.awaited <= REFIT_SHARE * len(segments):
                 return replace(work, grown=frame)
         return work
 
     def missing_from(self, frame: Frame | None) -> list[str]:
-        """Scans that have no chart in a frame."""
-        return [scan for scan in self.segments if frame is None or scan not in frame.charts]
+        """Scans that have no chart in a frame: all, if it was made when they were encoded at a coarser stride."""
+        if frame is None or _spacing_mm(frame.template.affine) > _COARSER * self.template_mm:
+            return list(self.segments)
+        return [scan for scan in self.segments if scan not in frame.charts]
 
     def next_frame(self, progress: Progress) -> Frame:
         """The frame with some more charts."""
@@ -143,6 +150,11 @@ class _StoredLattices(Mapping[str, Lattice]):
 
     def __len__(self) -> int:
         return len(self.segments)
+
+
+def _spacing_mm(affine: ArrayLike) -> float:
+    """The widest spacing of a lattice, by its affine (4, 4)."""
+    return float(np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0).max())
 
 
 def uncharted(snapshot: Snapshot, encoder_id: str) -> list[str]:

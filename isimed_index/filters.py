@@ -167,17 +167,25 @@ class Filters:
         return self._labels[number]
 
 
+# Centres are stored as float32: one on the border, as whole voxels and strides put it there, is inside.
+_BORDER_MM = 1e-3
+
+
 def _in_ball(ball: Ball, centres: NDArray[Any], source_affine: Affine | None = None) -> Mask:
     """Which centres (m, 3) lie in a ball; they are RAS+ mm where the affine of the source's voxels is given."""
     middle = np.array(ball.centre) if source_affine is None else to_ras_mm(ball.centre, ball.space, source_affine)
-    mask: Mask = np.asarray(((centres - middle) ** 2).sum(axis=1) <= ball.radius_mm**2)
+    mask: Mask = np.asarray(((centres - middle) ** 2).sum(axis=1) <= (ball.radius_mm + _BORDER_MM) ** 2)
     return mask
 
 
 def _in_cuboid(cuboid: Cuboid, centres: NDArray[Any], source_affine: Affine | None = None) -> Mask:
     """Which centres (m, 3) lie in a cuboid, along the axes of its own space."""
     own = centres if source_affine is None else from_ras_mm(centres, cuboid.space, source_affine)
-    mask: Mask = np.asarray(((own >= np.array(cuboid.low)) & (own <= np.array(cuboid.high))).all(axis=1))
+    border = _BORDER_MM
+    if source_affine is not None and cuboid.space == "voxel":
+        border = _BORDER_MM / np.linalg.norm(source_affine[:3, :3], axis=0)
+    low, high = np.array(cuboid.low) - border, np.array(cuboid.high) + border
+    mask: Mask = np.asarray(((own >= low) & (own <= high)).all(axis=1))
     return mask
 
 

@@ -146,6 +146,14 @@ def test_scans_that_no_chart_has_are_counted_and_some_are_named(store: Store):
     assert store.info()["awaited"][0]["named"] == ["sub-01", "sub-03", "sub-04", "sub-05", "sub-06"]
 
 
+def test_charts_of_a_coarse_stride_are_fitted_anew_at_a_finer_one(store: Store, tmp_path: Path):
+    plain = without_frame(isi.open(shutil.copytree(store.path, tmp_path / "plain")))
+    plain.index()
+    store.index(stride_mm=32)
+    store.index()
+    assert bits(read_frame(frame_of(store))) == bits(read_frame(frame_of(plain)))
+
+
 def test_names_are_some():
     assert charting.some_of(["a"]) == "a"
     assert charting.some_of(list("abcde")) == "a, b, c, d, e"

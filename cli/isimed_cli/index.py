@@ -127,7 +127,8 @@ def _report_end(report: Path | None, error: BaseException, refused: list[Refusal
     else:
         fields["error"] = {
             "kind": getattr(error, "kind", "internal"),
-            "reason": str(error) if hasattr(error, "kind") else f"{type(error).__name__}: {error}",
+            # Texts of other errors may hold paths, which often name patients.
+            "reason": str(error) if hasattr(error, "kind") else type(error).__name__,
             "next_step": getattr(error, "next_step", ""),
         }
     with suppress(OSError):  # the disk may be full by now, and the error itself says more than that

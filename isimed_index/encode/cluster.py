@@ -26,6 +26,8 @@ from isimed_index.limits import cores
 if TYPE_CHECKING:
     from isimed_index.encoders.runtimes.trial import Choice, Job
 
+_ANY_PORT = "127.0.0.1:0"  # of a page that nobody asked for; without one, Dask opens it at a port that may be taken
+_NO_DASHBOARD = {"dashboard": False}
 _CONNECT_S = 10.0  # how long a scheduler may take to answer
 _PROCESSES = 4  # at least, where there are cores for them; on large machines one for so many cores
 _A = TypeVar("_A")
@@ -286,7 +288,8 @@ def _processes(count: int, cores: int) -> Any:
     return LocalCluster(
         n_workers=count,
         threads_per_worker=min(AT_ONCE, cores),
-        dashboard_address=None,
+        dashboard_address=_ANY_PORT,
+        scheduler_kwargs=_NO_DASHBOARD,
         silence_logs=logging.CRITICAL,
     )
 
@@ -301,7 +304,7 @@ def _gpu_processes() -> Any:
             next_step="pip install dask-cuda, which brings the version of Dask that it needs",
         ) from error
     try:
-        return LocalCUDACluster(threads_per_worker=AT_ONCE, dashboard_address=None)
+        return LocalCUDACluster(threads_per_worker=AT_ONCE, dashboard_address=_ANY_PORT, scheduler_kwargs=_NO_DASHBOARD)
     except Exception as error:  # the driver's library says in many ways that there is no GPU
         raise UsageError(
             f"dask-cuda found no GPU that it can use: {error}", next_step="nvidia-smi, or --scheduler threads"

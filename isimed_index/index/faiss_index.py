@@ -117,12 +117,17 @@ class FaissIndex:
         path = directory / FILE
         try:
             about = path.stat()
+            mapped = about.st_size >= MAPPED_FROM
+            hash_of = _hash_of if mapped else _hash_of.__wrapped__
+            own = hash_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
         except FileNotFoundError:
             raise StoreDamaged(f"the index file {FILE} is missing", next_step=_AGAIN) from None
-        if _hash_of(path, about.st_ino, about.st_mtime_ns, about.st_size) != sha256:
+        except OSError as error:
+            raise StoreDamaged(f"the index file {FILE} cannot be read: {error.strerror}", next_step=_AGAIN) from None
+        if own != sha256:
             raise StoreDamaged(f"the index file {FILE} does not match its hash: it is damaged", next_step=_AGAIN)
         try:
-            native = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if about.st_size >= MAPPED_FROM else 0)
+            native = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:  # an intact file in a format that this FAISS does not know
             raise Incompatible(
                 f"the index file {FILE} needs another FAISS than {faiss.__version__}",
@@ -266,14 +271,24 @@ def _layout(recipe: Recipe, metric: Metric, dim: int, sample: Vectors | None, ax
         chosen = axes or Axes.of(training)
         turn = np.ascontiguousarray(chosen.rotation(recipe.pca, recipe.rotated))
         linear = faiss.LinearTransform(dim, inner, True)
-        faiss.copy_array_to_vector(turn.ravel(), linear.A)
-        faiss.copy_array_to_vector(-turn @ chosen.mean, linear.b)
+        linear.A, linear.b = _vector(turn.ravel()), _vector(-turn @ chosen.mean)
         linear.is_trained = True
         native = faiss.IndexPreTransform(linear, native)
         native.is_trained = not recipe.lists
     if not native.is_trained:
         native.train(training)
     return native if recipe.lists else faiss.IndexIDMap2(native)
+
+
+def _vector(values: NDArray[np.float32]) -> Any:
+    """A std::vector<float> of FAISS: one that is made, for those that it returns may have a class of SimpleITK's.
+
+    SWIG keeps one table of types for all modules of a process, and the last one that was loaded has its way.
+    """
+    faiss = _faiss()
+    vector = faiss.Float32Vector()
+    faiss.copy_array_to_vector(values, vector)
+    return vector
 
 
 def _selector(rows: RowIds, total: int) -> Any:

@@ -128,7 +128,7 @@ def _on_sample(trained: Trained) -> Trained:
     drawn = np.random.default_rng(0).choice(row_ids, rows, replace=False)
     asked = np.random.default_rng(1).choice(drawn, trained.test.queries.shape[0], replace=False)
     some = np.sort(drawn)
-    sample = ExactIndex([(some, exact.vectors(some).astype(np.float16))], exact.metric)
+    sample = ExactIndex([(some, exact.vectors(some))], exact.metric)
     return replace(trained, exact=sample, test=RecallTest.prepare(sample, np.sort(asked)))
 
 

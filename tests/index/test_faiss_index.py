@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_round_trip(lists: FaissIndex, tmp_path: Path) -> None:
     assert again.search(VECTORS[:9], 5).row_ids.tolist() == lists.search(VECTORS[:9], 5).row_ids.tolist()
 
 
+def test_axes_are_stored_though_another_library_names_the_types_of_vectors():
+    build = """
+import faiss, SimpleITK, numpy as np
+from isimed_index.index.faiss_index import FaissIndex
+from isimed_index.index.recipe import Recipe
+assert "SimpleITK" in str(type(faiss.LinearTransform(4, 2, True).A))  # SWIG: the last module that was loaded
+vectors = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
+index = FaissIndex.build([(np.arange(3000), vectors)], "l2", Recipe("PCA4,IVF8,SQ8", 8, 8), 8, vectors)
+assert (index.search(vectors[:50], 1).row_ids[:, 0] == np.arange(50)).mean() > .8
+"""
+    subprocess.run([sys.executable, "-c", build], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("factory", ["IVF32,SQ8", "PCA2,IVF32,SQ8", "PCAR2,IVF32,RaBitQfs", "PCAR2,IVF32,PQ1x4fs"])
 def test_a_large_file_is_mapped_and_answers_the_same(
     tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
@@ -87,9 +101,10 @@ def test_a_large_file_is_mapped_and_answers_the_same(
         assert one.distances.tolist() == other.distances.tolist()
 
 
-def test_a_file_is_hashed_once_while_it_stays_as_it_is(
+def test_a_mapped_file_is_hashed_once_while_it_stays_as_it_is(
     lists: FaissIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(faiss_index, "MAPPED_FROM", 0)
     digest = lists.save(tmp_path)
     FaissIndex.load(tmp_path, "l2", RECIPE, digest)
     with monkeypatch.context() as patch:
