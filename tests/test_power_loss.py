@@ -23,6 +23,7 @@ from isimed_index.encode import cluster, stream
 from isimed_index.encode.cluster import Threads
 from isimed_index.encode.task import Encoded, EncodeTask
 from isimed_index.errors import IsimedError, IsimedWarning
+from isimed_index.index.card import IndexCard
 from isimed_index.indexing import IndexReport
 from isimed_index.store.files import FOLDERS
 from isimed_index.store.place.storage import LocalStorage
@@ -76,9 +77,14 @@ def encoded(path: Path) -> dict[str, str]:
 
 
 def derived(path: Path) -> list[tuple[str, str]]:
-    """Kinds and hashes of all else that a store names: frame, regions, index, and what was there before."""
+    """Kinds and hashes of all else that a store names: frame, regions, index, and what was there before.
+
+    Of an index those of what it answers by: beside it stands how long that took.
+    """
     made = Repository.open(path).snapshot().manifest.artefacts
-    return sorted((artefact.kind, artefact.sha256) for artefact in made if artefact.kind != "segment")
+    indexes = [IndexCard.read(path / artefact.path).sha256 for artefact in made if artefact.kind == "index"]
+    others = [(artefact.kind, artefact.sha256) for artefact in made if artefact.kind not in ("segment", "index")]
+    return sorted([*others, *(("index", sha256) for sha256 in indexes)])
 
 
 def index(path: Path) -> IndexReport:
