@@ -13,19 +13,19 @@ from typing import Any
 
 
 class _Limit:
-    """How many want one thread, and how many threads each library had before the first of them."""
+    """Who wants one thread, and how many threads each library had before the first of them."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._wanted = 0
+        self._wanted: set[object] = set()
         self._former: dict[str, tuple[Any, int]] = {}  # by the library's file
 
-    def take(self) -> None:
+    def take(self, who: object) -> None:
         """One more wants it."""
         from threadpoolctl import ThreadpoolController
 
         with self._guard:
-            self._wanted += 1
+            self._wanted.add(who)
             for library in ThreadpoolController().select(user_api="blas").lib_controllers:
                 if getattr(library, "threading_layer", None) == "openmp":
                     continue  # it has a number for each thread that calls it: nobody could give back another's
@@ -33,10 +33,10 @@ class _Limit:
                 self._former.setdefault(library.filepath, (library, library.num_threads))
                 _set(library, 1)
 
-    def drop(self) -> None:
-        """One less; after the last one all is as it was."""
+    def drop(self, who: object) -> None:
+        """One less, however far its `take` came; after the last one all is as it was."""
         with self._guard:
-            self._wanted -= 1
+            self._wanted.discard(who)
             if not self._wanted:
                 for library, threads in self._former.values():
                     _set(library, threads)
@@ -49,11 +49,12 @@ _limit = _Limit()
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Within it, each of NumPy's products in this process has one thread; the last one out gives back what was."""
-    _limit.take()
+    who = object()
     try:
+        _limit.take(who)
         yield
     finally:
-        _limit.drop()
+        _limit.drop(who)
 
 
 def _set(library: Any, threads: int) -> None:

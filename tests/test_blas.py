@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -84,6 +85,33 @@ def test_an_error_gives_it_back_too():
     with pytest.raises(KeyboardInterrupt), one_blas_thread(), one_blas_thread():
         raise KeyboardInterrupt
     assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize("where", ["threadpoolctl.ThreadpoolController", "isimed_index.blas._set"])
+def test_an_interruption_on_the_way_in_gives_it_back_too(where: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, InterruptedOnce(pkgutil.resolve_name(where)))
+        with pytest.raises(KeyboardInterrupt), one_blas_thread():
+            pass
+    assert blas_threads() == {2}
+    with one_blas_thread():
+        assert blas_threads() == {1}
+    assert blas_threads() == {2}
+
+
+class InterruptedOnce:
+    """Ctrl-C as soon as the first call is done."""
+
+    def __init__(self, plain: Callable[..., object]) -> None:
+        self.plain = plain
+        self.calls = 0
+
+    def __call__(self, *arguments: object) -> object:
+        result = self.plain(*arguments)
+        self.calls += 1
+        if self.calls == 1:
+            raise KeyboardInterrupt
+        return result
 
 
 def test_many_threads_at_once(pool: ThreadPoolExecutor):

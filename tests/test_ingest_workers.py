@@ -201,7 +201,7 @@ def test_more_workers_than_files_share_the_cores_as_so_few_would(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Those that were started for a larger crew have fewer threads: others take their place."""
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(crew, "cores", lambda: 8)
     seen = tmp_path / "threads"
     script = (
         f"import os; open({str(seen)!r}, 'a').write(os.environ['ZARR_THREADING__MAX_WORKERS'] + ' ')\n{crew._START}"

@@ -25,6 +25,7 @@ from isimed_index.errors import IsimedError, ScanRefused
 from isimed_index.ingest.choose import Chosen
 from isimed_index.ingest.take import Job, Taken, Task, take
 from isimed_index.ingest.worker import READY
+from isimed_index.limits import cores
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; from isimed_index.ingest.worker import serve; serve()"
 _AHEAD = 8  # files a worker may be ahead of the one whose turn it is
@@ -194,8 +195,8 @@ class Crew:
 
 
 def _started(workers: int) -> subprocess.Popen[bytes]:
-    """A process that shares the machine's cores with the others; it loads no module of the caller's own."""
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    """A process that shares the cores with the others; it loads no module of the caller's own."""
+    threads = str(max(1, cores() // workers))
     path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 — '' is the current folder
     return subprocess.Popen(
         [sys.executable, "-I", "-c", _START, *path],

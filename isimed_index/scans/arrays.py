@@ -27,6 +27,8 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from isimed_index.limits import cores
+
 CHUNK = 64  # voxels along each side
 SHARD = 256  # at most
 # The variable that bounds the threads of zarr-python as well.
@@ -96,7 +98,7 @@ def _description(voxels: NDArray[Any], shard: Sequence[int], axes: Sequence[str]
 def _threads() -> int:
     """How many threads may compress."""
     allowed = os.environ.get(_THREADS, "")
-    return max(1, int(allowed)) if allowed.isdecimal() else os.cpu_count() or 1
+    return max(1, int(allowed)) if allowed.isdecimal() else cores()
 
 
 def _write_shards(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import pickle
 import stat
 import sys
@@ -13,6 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,11 +310,13 @@ class TestThreads:
         def fails(*_: object) -> bytes:
             asked.append(1)
             time.sleep(0.2)
-            raise StoreUnreachable("gone")
+            raise StoreUnreachable("gone", next_step="look")
 
         with monkeypatch.context() as patch:
             patch.setattr(Bucket, "get_range", fails)
-            assert {type(each) for each in self.at_once(lambda: storage.fetch(path))} == {StoreUnreachable}
+            met = self.at_once(lambda: storage.fetch(path))
+            assert {type(each) for each in met} == {StoreUnreachable}
+            assert {(str(each), each.next_step) for each in met} == {("gone", "look")}
             assert len(asked) < self.THREADS  # who comes too late to hear of it tries for itself
         assert storage.fetch(path).is_dir()
 
@@ -331,6 +337,75 @@ class TestThreads:
         ends = self.at_once(lambda: storage.fetch(path))
         assert len(asked) == 2
         assert [type(each) for each in ends if isinstance(each, BaseException)] == [KeyboardInterrupt]
+
+    def test_one_that_is_interrupted_at_any_line_hangs_nobody(self, url: str, tmp_path: Path):
+        small_store(url)
+        storage = ObjectStorage(url, tmp_path / "cache")
+        (artefact,) = Repository(storage).snapshot().artefacts("segment")
+
+        def fetch() -> None:
+            storage.fetch(artefact.path)
+
+        for line in itertools.count(1):
+            storage.forget(artefact.path)
+            if not interrupted_at(line, fetch, ObjectStorage.fetch.__code__):
+                break
+            other = threading.Thread(target=fetch, daemon=True)
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+            assert storage.at_hand(artefact.path)
+        assert line > 5
+
+
+def interrupted_at(line: int, do: Callable[[], None], where: CodeType) -> bool:
+    """Ctrl-C as soon as `do` has begun so many lines of the function `where`; whether it came to that."""
+    seen: set[int] = set()
+
+    def watch(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if frame.f_code is not where:
+            return None
+        if event == "line" and frame.f_lineno not in seen:
+            seen.add(frame.f_lineno)
+            if len(seen) == line:
+                raise KeyboardInterrupt
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        do()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+class TestKilledDownloads:
+    """What they leave in the cache goes with the next process that downloads."""
+
+    def test_only_what_nobody_wrote_to_for_a_day_goes(self, url: str, tmp_path: Path):
+        small_store(url)
+        storage = ObjectStorage(url, tmp_path / "cache")
+        (artefact,) = Repository(storage).snapshot().artefacts("segment")
+        drafts = tmp_path / "cache" / "tmp"
+        folders = {"old": 90000, "slow": 100, "new": 100}  # s since something was written in it
+        for name, age_s in folders.items():
+            (drafts / f"{name}.fetch").mkdir(parents=True)
+            aged(drafts / f"{name}.fetch" / "vectors", age_s)
+            aged(drafts / f"{name}.fetch", 100 if name == "new" else 90000)
+        aged(drafts / "table.fetch", 90000)
+        aged(drafts / "others", 90000)
+        storage.fetch(artefact.path)
+        assert sorted(entry.name for entry in drafts.iterdir()) == ["new.fetch", "others", "slow.fetch"]
+
+
+def aged(path: Path, age_s: float) -> None:
+    """A file, or a folder that is there, as if it was written so long ago."""
+    if not path.is_dir():
+        path.touch()
+    os.utime(path, times=(time.time() - age_s,) * 2)
 
 
 class TestFromEmptyCaches:

@@ -18,8 +18,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,11 +34,30 @@ from isimed_index.store.place.remote_claims import PROBE, TTL_S, RemoteClaim, Re
 
 _AT_ONCE = 8  # requests
 _PART_BYTES = 16 << 20  # of a download
-_OLD_S = 86400.0  # a half-done download that was not touched for so long belongs to nobody
+_DRAFT = ".fetch"  # ends the name of a download on its way
+_OLD_S = 86400.0  # one that was not written to for so long belongs to nobody
 _ATTEMPTS = 10  # to read what is in the way of a conditional write
 _ARTEFACTS = frozenset(files.FOLDERS.values())
 _FOLDERS = _ARTEFACTS | {files.MANIFESTS, files.INTENTS, files.LEASES, files.TAGS, files.TMP}
 _FILE = ".parquet"  # artefacts with this suffix are files, all others folders
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Whose turn it is, among threads of this process, to download an artefact, and how it last failed."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    failure: Exception | None = None
+
+    def take(self, before: Exception | None, download: Callable[[], None]) -> None:
+        """Download, unless another's attempt failed since `failure` was `before`: then raise what it met."""
+        if self.failure is not None and self.failure is not before:
+            raise copy(self.failure)
+        try:
+            download()
+        except Exception as error:
+            self.failure = copy(error)  # without its traceback, which would keep what the callers hold
+            raise
 
 
 class ObjectStorage:
@@ -51,9 +72,10 @@ class ObjectStorage:
         self.name = self._bucket.name
         self._sent: set[str] = set()  # artefacts whose upload was begun by this process
         self._proven = False
+        self._swept = False
         self._intents: weakref.WeakSet[RemoteClaim] = weakref.WeakSet()
         self._locks: dict[str, RemoteLock] = {}
-        self._coming: dict[str, Future[None]] = {}  # what threads of this process download at the moment
+        self._turns: dict[str, _Turn] = {}  # by artefact
         self._guard = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ObjectStorage], tuple[str, Path, float]]:
@@ -197,27 +219,17 @@ class ObjectStorage:
         """Where an artefact is in the cache, downloaded the first time; `FileNotFoundError` when it is missing.
 
         Of several threads that want it one downloads it, and the others wait; what befalls that one befalls all, unless
-        it was interrupted.
+        it was interrupted: however that ends, its lock is free, and the next one tries.
         """
         place = self.root / relative
-        while not place.exists():
-            with self._guard:
-                ours = relative not in self._coming
-                coming = self._coming.setdefault(relative, Future())
-            if not ours:
-                coming.result()
-                continue
-            try:
-                if not place.exists():  # another thread may have had it just now
-                    self._download(relative, place)
-            except Exception as error:
-                coming.set_exception(error)
-                raise
-            finally:
-                with self._guard:
-                    del self._coming[relative]
-                if not coming.done():
-                    coming.set_result(None)
+        if place.exists():
+            return place
+        with self._guard:
+            turn = self._turns.setdefault(relative, _Turn())
+        before = turn.failure
+        with turn.lock:
+            if not place.exists():
+                turn.take(before, partial(self._download, relative, place))
         return place
 
     def _download(self, relative: str, place: Path) -> None:
@@ -225,7 +237,10 @@ class ObjectStorage:
         sizes = self._sizes(relative)
         if not sizes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), relative)
-        draft = self._room(files.TMP) / f"{files.new_id()}.fetch"
+        if not self._swept:
+            self._clear_drafts()
+            self._swept = True
+        draft = self._room(files.TMP) / f"{files.new_id()}{_DRAFT}"
         self._room(relative.split("/")[0])
         try:
             _each([job for key, size in sizes.items() for job in self._parts(key, size, _inside(relative, key, draft))])
@@ -261,7 +276,7 @@ class ObjectStorage:
     def every_file(self) -> Iterator[tuple[str, Path]]:
         """Each file in the cache, then each object of the bucket, downloaded again whatever the cache holds."""
         yield from files.tree_files(self.root)
-        with TemporaryDirectory(dir=self._room(files.TMP)) as spare:
+        with TemporaryDirectory(suffix=_DRAFT, dir=self._room(files.TMP)) as spare:
             for one in self._bucket.list(""):
                 copy = Path(spare) / one.key.rpartition("/")[2]
                 with suppress(FileNotFoundError):  # removed since it was listed
@@ -296,9 +311,14 @@ class ObjectStorage:
         for folder in (files.INTENTS, files.LEASES):
             remote_claims.clear(self._bucket, folder, self.ttl_s)
         remote_claims.clear_passing(self._bucket, self.ttl_s)
-        for draft in (self.root / files.TMP).glob("*.fetch"):
+        self._clear_drafts()
+
+    def _clear_drafts(self) -> None:
+        """Remove from the cache what killed processes were downloading; one that goes on writes now and then."""
+        for draft in (self.root / files.TMP).glob(f"*{_DRAFT}"):
             with suppress(FileNotFoundError):
-                if time.time() - draft.stat().st_mtime > _OLD_S:
+                written = [file.stat().st_mtime for _, file in files.tree_files(draft)]
+                if time.time() - max([draft.stat().st_mtime, *written]) > _OLD_S:
                     _discard(draft)
 
     @contextmanager
