@@ -41,12 +41,12 @@ if scan._mark.__module__ == scan.__name__:  # Dask runs this file twice
     scan._mark = mark
 """
 SOUND = _COUNTING + "before = lambda task: None"
-# Never ends a scan, and says that it is at one.
+# Never ends a scan, and says that it is at one: by the file that the variable BUSY names.
 HANGS = (
     _COUNTING
     + """
 def before(task):
-    Path("busy").touch()
+    Path(os.environ["BUSY"]).touch()
     time.sleep(1000)
 """
 )
@@ -121,58 +121,50 @@ def committed(store: Path) -> list[str]:
     return [snapshot.scan_of[segment.scan_artefact] for segment in snapshot.segments()]
 
 
-def test_a_worker_that_is_killed_costs_nothing(cluster: Processes, store: Path, expected: dict) -> None:
+def test_a_worker_that_is_killed_and_a_cable_that_is_cut_cost_nothing(
+    cluster: Processes, store: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is killed; where there are network namespaces, another one that is at a scan is cut off."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", "12s")  # sooner than at a user's; its probes take ten
     _, address = cluster.scheduler()
-    killed = cluster.worker(address, HANGS, "--no-nanny")
-    cluster.worker(address, SOUND, "--no-nanny", far=True)
+    lost = 2 if cluster.far else 1
+    # One that is killed is near, and one that is cut off is far; each is at a scan before a sound one is there.
+    hanging = [
+        cluster.worker(address, HANGS, "--no-nanny", far=far, BUSY=f"busy-{far}") for far in (False, True)[:lost]
+    ]
     run = index(cluster, store, address, "--where", FIRST)
-    wait_for((cluster.folder / "busy").exists)
-    os.killpg(killed.pid, signal.SIGKILL)
+    wait_for(lambda: len(list(cluster.folder.glob("busy-*"))) == lost)
+    cluster.worker(address, SOUND, "--no-nanny")
+    os.killpg(hanging[0].pid, signal.SIGKILL)
+    if cluster.far:
+        cluster.cut()
     output, errors = run.communicate(timeout=100)
     assert run.returncode == 0, errors
     report = json.loads(output)
-    assert report["workers_lost"] == 1
-    (told,) = [line for line in errors.splitlines() if "worker was lost" in line]
-    assert told.startswith("warning: a worker was lost (1 so far); what it had been given is encoded again: sub-0")
-    assert "tcp" not in told
+    assert report["workers_lost"] == lost
+    told = [line for line in errors.splitlines() if "worker was lost" in line]
+    said = "warning: a worker was lost ({} so far); what it had been given is encoded again: sub-0"
+    assert len(told) == lost
+    assert all(line.startswith(said.format(number)) for number, line in enumerate(told, 1))
+    assert "tcp" not in "".join(told)
     assert sorted(report["encoded"]) == sorted(committed(store)) == ["sub-00", "sub-01", "sub-02", "sub-03", "sub-04"]
     assert segment_vectors(store) == first_of(expected)
-    assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempt that was cut short
-
-
-def test_a_cable_that_is_cut_costs_nothing(
-    cluster: Processes, store: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if cluster.far is None:
-        pytest.skip("no network namespaces on this machine")
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", "12s")  # sooner than at a user's; its probes take ten
-    _, address = cluster.scheduler()
-    cluster.worker(address, HANGS, "--no-nanny", far=True)
-    cluster.worker(address, SOUND, "--no-nanny")
-    run = index(cluster, store, address, "--where", FIRST)
-    wait_for((cluster.folder / "busy").exists)
-    cluster.cut()
-    output, errors = run.communicate(timeout=100)
-    assert run.returncode == 0, errors
-    assert json.loads(output)["workers_lost"] == 1
-    assert sorted(json.loads(output)["encoded"]) == sorted(committed(store))
-    assert segment_vectors(store) == first_of(expected)
+    assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempts that were cut short
 
 
 def test_a_scan_that_kills_its_workers_is_refused_and_the_rest_is_encoded(
-    tmp_path: Path, store: Path, expected: dict
+    cluster: Processes, store: Path, expected: dict
 ) -> None:
-    with processes(tmp_path / "run") as ours:
-        _, address = ours.scheduler()
-        ours.worker(address, DIES)  # its nanny starts it again
-        run = index(ours, store, address, "--where", FIRST)
-        output, errors = run.communicate(timeout=200)
-        assert run.returncode == 3, errors
-        assert json.loads(output)["refused"] == ["sub-03"]
-        assert json.loads(output)["workers_lost"] == errors.count("warning: a worker was lost") == 3
-        assert "its worker was ended each time" in errors
-        assert "give each worker more memory" in errors
-        assert (ours.folder / "deaths").read_text() == "xxx"  # and no more
+    _, address = cluster.scheduler()
+    cluster.worker(address, DIES, far=True)  # its nanny starts it again
+    run = index(cluster, store, address, "--where", FIRST)
+    output, errors = run.communicate(timeout=200)
+    assert run.returncode == 3, errors
+    assert json.loads(output)["refused"] == ["sub-03"]
+    assert json.loads(output)["workers_lost"] == errors.count("warning: a worker was lost") == 3
+    assert "its worker was ended each time" in errors
+    assert "give each worker more memory" in errors
+    assert (cluster.folder / "deaths").read_text() == "xxx"  # and no more
     assert segment_vectors(store) == {scan: y for scan, y in first_of(expected).items() if scan != "sub-03"}
 
 

@@ -133,7 +133,7 @@ def saved_step(store: Path) -> int:
 
 def wait_until(store: Path, process: subprocess.Popen[str], step: int) -> None:
     while saved_step(store) < step and process.poll() is None:
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 def test_a_training_keeps_the_name_that_earlier_versions_gave_it() -> None:
