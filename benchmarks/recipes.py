@@ -19,6 +19,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from position_like import position_like
 
 from isimed_index.index.exact import ExactIndex
 from isimed_index.index.goal import Samples
@@ -35,16 +36,6 @@ RESULT = Path(__file__).parent / "results" / "recipes.json"
 SCANS = 50
 QUERIES = 60
 ROUNDS = 5
-
-
-def position_like(n: int, dim: int, seed: int) -> NDArray[np.float16]:
-    """Vectors (n, dim) that follow points in a box, with noise."""
-    fixed = np.random.default_rng(9)
-    waves, phases = 1.5 * fixed.normal(size=(3, 64)), fixed.uniform(0, 2 * np.pi, 64)
-    mixed = fixed.normal(size=(64, dim)) / 8
-    rng = np.random.default_rng(seed)
-    points = rng.uniform(-1, 1, (n, 3))
-    return (np.cos(points @ waves + phases) @ mixed + 0.05 * rng.normal(size=(n, dim))).astype(np.float16)
 
 
 def sweep(exact: ExactIndex, target: float) -> list[tuple[Recipe, Tuned]]:
@@ -80,10 +71,10 @@ def single_ms(index: LiveIndex, queries: NDArray[np.float32], among: NDArray[np.
 
 def measure(n: int, dim: int, target: float) -> dict[str, object]:
     """One size."""
-    vectors = position_like(n, dim, 0)
+    vectors, _ = position_like(n, dim, 0)
     blocks = list(zip(np.array_split(np.arange(n), SCANS), np.array_split(vectors, SCANS), strict=True))
     exact = ExactIndex(blocks, "l2")
-    fresh = position_like(QUERIES, dim, 1).astype(np.float32)
+    fresh = position_like(QUERIES, dim, 1)[0].astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         card = build_index(Path(folder), blocks, "l2", target)
