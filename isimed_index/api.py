@@ -826,13 +826,14 @@ class Store:
             unknown: also when nothing knows the subject: erase what is left of all deleted scans.
             report: a file that gets the erasure as JSON as soon as it is proved, before anything is built anew.
         """
-        from isimed_index.indexing import derive_again, recalls_asked_for
+        from isimed_index.index.goal import Goal
+        from isimed_index.indexing import derive_again, goals_asked_for
         from isimed_index.store.upkeep.purge import purge
 
         repository = self._writing()
         self.close()  # our own pin must not keep what is to be erased
         try:
-            recalls = recalls_asked_for(repository)
+            goals = goals_asked_for(repository)
             erased = purge(repository, subject, progress, unknown=unknown)
             if report is not None:
                 try:
@@ -842,7 +843,7 @@ class Store:
                     warnings.warn(message, StoreWarning, stacklevel=2)
             for encoder in erased.index_again:
                 try:
-                    derive_again(repository, encoder, progress or Silent(), recalls.get(encoder))
+                    derive_again(repository, encoder, progress or Silent(), goals.get(encoder, Goal()))
                 except Exception as error:  # noqa: BLE001 — the erasure is done, and has to be returned
                     message = f"the subject is erased; a frame or index was not built anew: {error}. Next: isimed index"
                     warnings.warn(message, StoreWarning, stacklevel=2)

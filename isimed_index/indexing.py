@@ -27,8 +27,8 @@ from isimed_index.encode import (
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import Incompatible, IsimedError, NotFound, ScanRefused, StoreDamaged, StoreWarning
 from isimed_index.index.card import FORMAT_VERSION, IndexCard, row_ranges
+from isimed_index.index.goal import Goal
 from isimed_index.index.plan import build_index
-from isimed_index.index.recipe import ram_bytes
 from isimed_index.ingest.report import Refusal
 from isimed_index.planning import (
     IndexOptions,
@@ -172,7 +172,7 @@ def _index(
             next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
         )
     _commit_frame_and_regions(transaction, card, progress)
-    built = _commit_index(transaction, card, options)
+    built = _commit_index(transaction, card, Goal(options.min_recall, options.max_ram, options.max_latency_ms))
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
 
 
@@ -219,19 +219,18 @@ def _encode(
         progress.finish()
 
 
-def derive_again(repository: Repository, encoder_id: str, progress: Progress, min_recall: float | None = None) -> None:
+def derive_again(repository: Repository, encoder_id: str, progress: Progress, goal: Goal) -> None:
     """Fit the frame, pool regions and build the index of an encoder, if any row of it lives; nothing is encoded."""
-    options = IndexOptions() if min_recall is None else IndexOptions(min_recall=min_recall)
     with repository.transaction("index") as transaction, repository.pin() as head:
         if any(segment.rows for segment in head.segments(encoder_id)):
             card = read_card(head.encoder_path(encoder_id))
             _commit_frame_and_regions(transaction, card, progress)
-            _commit_index(transaction, card, options)
+            _commit_index(transaction, card, goal)
 
 
-def recalls_asked_for(repository: Repository) -> dict[str, float]:
-    """By encoder (card id), the recall that its newest index was built for, where a generation still has its card."""
-    found: dict[str, float] = {}
+def goals_asked_for(repository: Repository) -> dict[str, Goal]:
+    """By encoder (card id), what its newest index was built for, where a generation still has its card."""
+    found: dict[str, Goal] = {}
     for generation in reversed(listed(repository.storage)):
         with suppress(StoreDamaged, NotFound), warnings.catch_warnings():
             warnings.simplefilter("ignore", StoreWarning)  # of an index that is damaged: its card is not read
@@ -239,7 +238,7 @@ def recalls_asked_for(repository: Repository) -> dict[str, float]:
             for encoder in {made.fields["encoder"] for made in snapshot.artefacts("index")} - found.keys():
                 built = _stored_index(snapshot, encoder)
                 if built is not None:
-                    found[encoder] = built.min_recall
+                    found[encoder] = Goal(built.min_recall, built.max_ram_bytes, built.max_latency_ms)
     return found
 
 
@@ -308,7 +307,7 @@ def _commit_frame_and_regions(transaction: Transaction, card: EncoderCard, progr
         done = commit_regions(transaction, card, progress)
 
 
-def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOptions) -> IndexCard:
+def _commit_index(transaction: Transaction, card: EncoderCard, goal: Goal) -> IndexCard:
     """Build the index over the newest segment of every scan, unless the stored one covers these and is good enough."""
     with transaction.repository.pin() as snapshot:
         segments = sorted(snapshot.segments_by_scan(card.id).values(), key=lambda segment: segment.first_row_id)
@@ -316,15 +315,14 @@ def _commit_index(transaction: Transaction, card: EncoderCard, options: IndexOpt
         newest = snapshot.newest("index", card.id)
         if newest is not None and newest.fields["covers"] == covers:
             built = _stored_index(snapshot, card.id)
-            if built is not None and _is_good_enough(built, options):
+            if built is not None and _is_good_enough(built, goal):
                 return built
         blocks = [(segment.row_ids, segment.vectors(card.match_output)) for segment in segments]
         cards: list[IndexCard] = []
 
         def build(directory: Path) -> None:
-            limits = (options.min_recall, options.max_ram)
-            made = build_index(directory, blocks, card.metric, *limits, max_latency_ms=options.max_latency_ms)
-            cards.append(made)
+            limits = (goal.min_recall, goal.max_ram_bytes)
+            cards.append(build_index(directory, blocks, card.metric, *limits, max_latency_ms=goal.max_latency_ms))
 
         _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
         return cards[0]
@@ -339,12 +337,11 @@ def _stored_index(snapshot: Snapshot, encoder_id: str) -> IndexCard | None:
         return None
 
 
-def _is_good_enough(built: IndexCard, options: IndexOptions) -> bool:
+def _is_good_enough(built: IndexCard, goal: Goal) -> bool:
     """Whether a stored index promises what is asked for; one of an older format promises nothing under filters."""
-    size, limit = ram_bytes(built.recipe, built.rows, built.dim), options.max_latency_ms
-    fits = options.max_ram is None or size <= options.max_ram
-    quick = limit is None or (built.ms is not None and built.ms <= limit)
-    return built.format_version == FORMAT_VERSION and built.min_recall >= options.min_recall and fits and quick
+    fits = goal.fits(built.recipe, built.rows, built.dim)
+    quick = goal.max_latency_ms is None or goal.in_time(built.ms)
+    return built.format_version == FORMAT_VERSION and built.min_recall >= goal.min_recall and fits and quick
 
 
 def _commit_one(

@@ -309,13 +309,14 @@ def test_scans_of_which_every_patch_was_deleted_do_not_answer(store: Store) -> N
         store.index()
 
 
-def test_a_purge_builds_anew_for_the_recall_that_was_asked_for(store: Store, tmp_path: Path) -> None:
-    store.index(min_recall=0.99)
+def test_a_purge_builds_anew_for_the_goal_that_was_asked_for(store: Store, tmp_path: Path) -> None:
+    store.index(min_recall=0.99, max_ram=2**30, max_latency_ms=1e4)
     report = tmp_path / "erasure.json"
     erased = store.purge("sub-02", report=report)
     assert json.loads(report.read_text())["hits"] == erased.hits == 0
     (encoder,) = erased.index_again
-    assert IndexCard.read(store.snapshot.index_path(encoder)).min_recall == 0.99
+    card = IndexCard.read(store.snapshot.index_path(encoder))
+    assert (card.min_recall, card.max_ram_bytes, card.max_latency_ms) == (0.99, 2**30, 1e4)
     assert "sub-02_T1w" not in charts(store)
     assert len(charts(store)) == store.sql("SELECT count(*) AS n FROM scans").column("n")[0].as_py()
 

@@ -95,6 +95,18 @@ def test_a_latency_that_cannot_be_had_is_refused_and_the_index_stays(store: Stor
     assert store.generation == before  # the stored one is quick enough
 
 
+def test_an_index_that_was_in_time_when_it_was_chosen_is_not_built_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long a query takes differs from one measurement to the next: what holds is the one that it was chosen by."""
+    monkeypatch.setattr("isimed_index.index.strata.best_ms", lambda *_, **__: 1e6)
+    store.index(min_recall=0.99, max_latency_ms=1e5)
+    built = store.generation
+    store.index(min_recall=0.99, max_latency_ms=1e5)
+    assert store.generation == built
+    assert (store.index_card().ms or 1e6) < 1e5
+
+
 def test_an_index_of_format_1_is_built_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "FORMAT_VERSION", 3)  # as if a later version met the one of today
     before = store.generation

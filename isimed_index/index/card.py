@@ -28,7 +28,10 @@ _AGAIN = "run isimed index again"
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A recipe that was built and measured: the plan of an index is what was tried, and why one was taken."""
+    """A recipe that was built and measured: the plan of an index is what was tried, and why one was taken.
+
+    One that the judges had made stronger is told as it was then.
+    """
 
     factory: str
     rows: int  # a sample of the rows where there are very many
@@ -57,7 +60,7 @@ class IndexCard:
     bytes: int  # size of index.faiss
     sha256: str  # of index.faiss
     resident_bytes: int = 0  # in memory: codes, row ids, centres, axes
-    ms: float | None = None  # median time of a query without filter, alone, on the machine that built it
+    ms: float | None = None  # median time of a query without filter, alone, on the machine that built it: as tuned
     strata: tuple[Stratum, ...] = ()  # the recall contract
     costs: Costs = UNKNOWN
     tried: tuple[Tried, ...] = ()

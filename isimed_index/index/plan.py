@@ -56,8 +56,8 @@ def build_index(
     judge = RecallTest.prepare(exact, samples.judges)
     tuners = samples.tuners[:_FILTER_QUERIES]
     tuning = list(filters(exact, tuners, seed)) if tuners.size else []
-    tried, index = choose(exact, goal, samples, judge, tuning)
-    index = reach_filters(index, tuning, goal.min_recall)
+    tried, chosen = choose(exact, goal, samples, judge, tuning)
+    index = reach_filters(chosen.index, tuning, goal.min_recall)
     costs = _costs(exact, index, samples.judges, seed)
     few = samples.judges[: _FILTER_QUERIES if index.recipe.lists else _FEW_QUERIES]
     asked = [Filter("all", 1.0, judge), *filters(exact, few, seed + 1)]
@@ -77,7 +77,7 @@ def build_index(
         bytes=(directory / FILE).stat().st_size,
         sha256=sha256,
         resident_bytes=ram_bytes(index.recipe, len(exact), exact.dim),
-        ms=strata[0].ms,
+        ms=chosen.ms,
         strata=strata,
         costs=costs,
         tried=tried,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,8 @@ from isimed_index.index.tune import Tuned, live, stronger, tune
 
 TRIAL_FLOATS = 1 << 26  # rows x dimensions of a trial: 65,536 rows of 1024
 _AXES_FLOATS = 1 << 25  # of the sample that principal axes are taken from
-_STEPS_UP = 4  # stronger settings that are judged before the next recipe is
+_STEPS_UP = 4  # settings that are judged, each stronger than the one before, before the next recipe is
+_TAKEN, _SLOWER, _TOO_SLOW = "taken", "slower", "too slow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,22 @@ class Trained:
         return FaissIndex.build(pieces, self.exact.metric, recipe, dim, self.sample, self.axes)
 
 
+@dataclass(slots=True)
+class _Trial:
+    """A recipe as it was last tuned, over so many rows, and what became of it."""
+
+    tuned: Tuned
+    rows: int
+    verdict: str = "recall out of reach"
+
+    def ms(self) -> float:
+        """Of a query; infinite where the recall is out of reach."""
+        return math.inf if self.tuned.ms is None else self.tuned.ms
+
+
 def choose(
     exact: ExactIndex, goal: Goal, samples: Samples, judge: RecallTest, tuning: Sequence[Filter]
-) -> tuple[tuple[Tried, ...], FaissIndex]:
+) -> tuple[tuple[Tried, ...], Tuned]:
     """The quickest index that reaches the goal, and what was tried; `RecallBelowTarget` when none does.
 
     `judge` has rows that tune nothing; the filters `tuning` have a say in how many dimensions are kept.
@@ -74,48 +89,48 @@ def _groups(trained: Trained, tuning: Sequence[Filter], min_recall: float) -> It
 
 def _best(
     trained: Trained, recipes: Sequence[Recipe], goal: Goal, judge: RecallTest, tried: list[Tried]
-) -> FaissIndex | None:
-    """The quickest of the recipes that the judges let pass; adds to `tried`."""
+) -> Tuned | None:
+    """The quickest of the recipes that the judges let pass; adds to `tried`, what was judged as it was judged."""
     on_sample = _on_sample(trained)
-    first = [_try(on_sample, recipe, goal) for recipe in recipes]
     whole = on_sample is trained
-    chosen: FaissIndex | None = None
-    verdicts = {}
-    for tuned in sorted((one for one in first if one.ms is not None), key=lambda one: one.ms or 0.0):
-        if chosen is not None:
-            verdicts[tuned.index.recipe.factory] = "slower"
+    ended = [_Trial(_try(on_sample, recipe, goal), len(on_sample.exact)) for recipe in recipes]
+    passed: list[_Trial] = []
+    for trial in sorted((one for one in ended if one.tuned.ms is not None), key=_Trial.ms):
+        # One that had to be made stronger may be slower than the next; times on a sample are no match for it.
+        if passed and (not whole or min(map(_Trial.ms, passed)) <= trial.ms()):
+            trial.verdict = _SLOWER
             continue
-        again = (
-            tuned if whole else tune(trained.build(tuned.index.recipe), trained.exact, trained.test, goal.min_recall)
-        )
-        verdict, passed = _judged(again, trained.exact, goal, judge)
-        verdicts[tuned.index.recipe.factory] = verdict
-        if passed is not None:
-            chosen = passed
-    for tuned in first:
-        verdict = verdicts.get(tuned.index.recipe.factory, "recall out of reach")
-        tried.append(_entry(tuned, on_sample.exact, trained.exact, verdict))
-    return chosen
+        if not whole:
+            trial.tuned, trial.rows = _try(trained, trial.tuned.index.recipe, goal), len(trained.exact)
+        _judge(trial, trained, goal, judge)
+        passed += [trial] if trial.verdict == _TAKEN else []
+    chosen = min(passed, key=_Trial.ms, default=None)
+    for trial in passed:
+        trial.verdict = _TAKEN if trial is chosen else _SLOWER
+    tried += [_entry(one, trained.exact) for one in ended]
+    return None if chosen is None else chosen.tuned
 
 
 def _try(trained: Trained, recipe: Recipe, goal: Goal) -> Tuned:
     return tune(trained.build(recipe), trained.exact, trained.test, goal.min_recall)
 
 
-def _judged(tuned: Tuned, exact: ExactIndex, goal: Goal, judge: RecallTest) -> tuple[str, FaissIndex | None]:
-    """The verdict on a tuned index over all rows, and the index, made stronger if need be, where it passes."""
-    if tuned.ms is None:
-        return "recall out of reach over all rows", None
-    if not goal.in_time(tuned.ms):
-        return "too slow", None
-    index = tuned.index
+def _judge(trial: _Trial, trained: Trained, goal: Goal, judge: RecallTest) -> None:
+    """Give the verdict on an index over all rows, which is made stronger if need be, as long as it is in time."""
+    if trial.tuned.ms is None:
+        trial.verdict = "recall out of reach over all rows"
+        return
     for _ in range(_STEPS_UP):
-        if judge.recall(live(exact, index)) >= goal.min_recall:
-            return "taken", index
-        if not index.recipe.lists:
+        if not goal.in_time(trial.tuned.ms):
+            trial.verdict = _TOO_SLOW
+            return
+        if judge.recall(live(trained.exact, trial.tuned.index)) >= goal.min_recall:
+            trial.verdict = _TAKEN
+            return
+        if not trial.tuned.index.recipe.lists:
             break
-        index = stronger(index)
-    return "refused by the judges", None
+        trial.tuned = stronger(trial.tuned, trained.exact, trained.test)
+    trial.verdict = "refused by the judges"
 
 
 def _on_sample(trained: Trained) -> Trained:
@@ -132,18 +147,18 @@ def _on_sample(trained: Trained) -> Trained:
     return replace(trained, exact=sample, test=RecallTest.prepare(sample, np.sort(asked)))
 
 
-def _entry(tuned: Tuned, tried_on: ExactIndex, exact: ExactIndex, verdict: str) -> Tried:
-    recipe = tuned.index.recipe
+def _entry(trial: _Trial, exact: ExactIndex) -> Tried:
+    tuned, recipe = trial.tuned, trial.tuned.index.recipe
     return Tried(
         recipe.factory,
-        len(tried_on),
+        trial.rows,
         recipe.probes,
         recipe.fetch,
         tuned.recall,
         tuned.at_least,
         tuned.ms,
         ram_bytes(recipe, len(exact), exact.dim or 0),
-        verdict,
+        trial.verdict,
     )
 
 
@@ -155,7 +170,7 @@ def _untried(recipe: Recipe, n: int, dim: int) -> Tried:
 def _below_target(tried: Sequence[Tried], goal: Goal, flat_bytes: int) -> RecallBelowTarget:
     """What was reached, and what would reach the target: a flat index is exact, if it may take memory and time."""
     asked = f"the target is {goal.min_recall:g}"
-    slow = [one for one in tried if one.verdict == "too slow" and one.ms is not None]
+    slow = [one for one in tried if one.verdict == _TOO_SLOW and one.ms is not None]
     if slow:
         quickest = min(one.ms or 0.0 for one in slow)
         return RecallBelowTarget(

@@ -60,11 +60,14 @@ def tune(index: FaissIndex, exact: ExactIndex, test: RecallTest, target: float) 
     return min(timed, key=lambda one: one.ms or 0.0)
 
 
-def stronger(index: FaissIndex) -> FaissIndex:
-    """The same index with the next larger setting: half as many lists again, and half as many rows ranked again."""
-    recipe = index.recipe
+def stronger(tuned: Tuned, exact: ExactIndex, test: RecallTest) -> Tuned:
+    """The same index at the next larger setting, measured: half as many lists again, and as many rows ranked again."""
+    recipe = tuned.index.recipe
     probes = min(recipe.lists, recipe.probes + max(1, recipe.probes // 2))
-    return index.with_recipe(probes=probes, fetch=min(recipe.fetch * 1.5, 2 * _FETCH_COARSE))
+    fetch = min(recipe.fetch * 1.5, 2 * _FETCH_COARSE)
+    shares = test.of_each(live(exact, tuned.index.with_recipe(probes=probes, fetch=fetch)))
+    recall = float(shares.mean()) if shares.size else 1.0
+    return _timed(tuned.index, exact, test, probes, fetch, recall, at_least(shares))
 
 
 def reach_filters(index: FaissIndex, filters: Sequence[Filter], target: float) -> FaissIndex:

@@ -149,7 +149,8 @@ def test_the_plan_says_what_was_tried_and_why(tmp_path: Path) -> None:
 def test_many_rows_are_tried_on_a_sample_and_judged_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "TRIAL_FLOATS", 6_000 * 24)
     card = build_index(tmp_path, blocks_of(position_like(9_000)), "l2", 0.95)
-    assert {one.rows for one in card.tried} == {6_000}
+    assert [one.rows for one in card.tried if one.verdict == "taken"] == [9_000]
+    assert {one.rows for one in card.tried if one.verdict == "slower"} == {6_000}
     assert (card.rows, card.recall_at_10 >= 0.95) == (9_000, True)
 
 
@@ -177,6 +178,44 @@ def test_says_which_latency_would_do(tmp_path: Path) -> None:
     assert build_index(tmp_path, blocks, "l2", max_latency_ms=1e6).ms < 1e6
     with pytest.raises(UsageError, match="max_latency"):
         Goal(max_latency_ms=0.0)
+
+
+@pytest.fixture
+def refused_at_first(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Judges who refuse every layout once, and a clock that counts lists and rows; the recipes that were judged."""
+    judged: list[Recipe] = []
+
+    def recall(_: RecallTest, live: LiveIndex) -> float:
+        assert live.index is not None
+        seen = {recipe.factory for recipe in judged}
+        judged.append(live.index.recipe)
+        return float(live.index.recipe.factory in seen)
+
+    monkeypatch.setattr(RecallTest, "recall", recall)
+    monkeypatch.setattr("isimed_index.index.tune.best_ms", lambda ask, *_: counted_ms(ask.__self__.index.recipe))
+    return judged
+
+
+def counted_ms(recipe: Recipe) -> float:
+    return recipe.probes * recipe.fetch / recipe.lists if recipe.lists else 99.0
+
+
+@pytest.mark.usefixtures("lists_for_few")
+def test_a_recipe_that_the_judges_had_made_stronger_is_told_so_and_has_to_be_in_time(
+    tmp_path: Path, refused_at_first: list[Recipe]
+) -> None:
+    blocks = blocks_of(position_like(5_000))
+    card = build_index(tmp_path, blocks, "l2", 0.9)
+    (taken,) = [one for one in card.tried if one.verdict == "taken"]
+    assert (taken.probes, taken.fetch) == (card.recipe.probes, card.recipe.fetch)
+    assert card.recipe.fetch > refused_at_first[0].fetch
+    assert card.ms == taken.ms == counted_ms(card.recipe)
+    assert taken.ms == min(one.ms for one in card.tried if one.verdict in ("taken", "slower"))
+
+    limit = counted_ms(refused_at_first[0])  # as the quickest was tuned, which the judges refuse
+    refused_at_first.clear()
+    with pytest.raises(RecallBelowTarget, match=f"more than {limit:g} ms"):
+        build_index(tmp_path / "i", blocks, "l2", 0.9, max_latency_ms=limit)
 
 
 def test_who_judges_neither_tunes_nor_trains() -> None:
