@@ -4,15 +4,17 @@
     within  ─ Ball, Cuboid: arithmetic on stored centres ─┼─ all of them ─▶ row ids, rising
               Label: label maps, read once at the centres ┘
 
-A pinned generation does not change, so a filter that was evaluated once holds for all later questions.
+A pinned generation does not change, so a filter that was evaluated once holds for all later questions. Any number of
+threads may ask.
 """
 
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +34,34 @@ from isimed_index.within import LABELS, Ball, Cuboid, Label, Part, Within, parts
 if TYPE_CHECKING:
     from isimed_index.index.protocol import RowIds
 
-_KEPT_ROWS = 1 << 24  # row ids (8 bytes each) that kept filters hold together: 128 MiB
+_KEPT_BYTES = 1 << 27  # of the row ids that kept filters hold together
+_LABEL_BYTES = 1 << 26  # of the labels at the centres of patches
 Mask = NDArray[np.bool_]
+
+
+class Remembered:
+    """Arrays by key, those that were asked for last, of so many bytes together; the last one however large it is."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._held: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
+        self._bytes = 0
+        self._guard = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """The array of a key, made if need be; threads that ask for it at once may each make it."""
+        with self._guard:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        made = make()
+        with self._guard:
+            if key not in self._held:
+                self._held[key] = made
+                self._bytes += made.nbytes
+            while len(self._held) > 1 and self._bytes > self._most_bytes:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return made
 
 
 class Filters:
@@ -44,27 +72,29 @@ class Filters:
         self.card = card
         self.places = places
         self.scans = scans  # scan id by number of segment
-        self._kept: OrderedDict[str | Part, RowIds] = OrderedDict()
-        self._labels: dict[int, NDArray[np.int64]] = {}  # by number of segment, the label at each centre
+        self._kept = Remembered(_KEPT_BYTES)  # by condition
+        self._labels = Remembered(_LABEL_BYTES)  # by number of segment
 
     def rows(self, where: str | None, within: Within | None = None) -> RowIds | None:
         """Row ids, rising, of the patches that satisfy all of it; None where nothing is asked."""
         asked: list[str | Part] = [*([] if where is None else [where]), *parts(within)]
         if not asked:
             return None
-        rows, *others = sorted(map(self.satisfy, asked), key=len)
+        rows, *others = sorted(map(self._satisfy, asked), key=len)
         for other in others:
             rows = np.intersect1d(rows, other, assume_unique=True)
+        if any(isinstance(part, Ball | Cuboid) and part.scan is None for part in asked):
+            self._tell_of_charts(self.scans, stacklevel=5)
         return rows
 
-    def satisfy(self, key: str | Part) -> RowIds:
+    def near(self, ball: Ball, scans: Collection[str]) -> RowIds:
+        """Row ids, rising, of the patches of some scans that lie in a canonical ball; only these scans are read."""
+        self._tell_of_charts(scans, stacklevel=6)
+        return self._ids(self._canonical(ball, _in_ball, (n for n, scan in enumerate(self.scans) if scan in scans)))
+
+    def _satisfy(self, key: str | Part) -> RowIds:
         """Row ids, rising, of the patches that satisfy one condition: SQL, or a place."""
-        if key not in self._kept:
-            self._kept[key] = self._matching(key) if isinstance(key, str) else self._inside(key)
-            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > _KEPT_ROWS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        return self._kept.get(key, lambda: self._matching(key) if isinstance(key, str) else self._inside(key))
 
     def _matching(self, where: str) -> RowIds:
         chosen = self.snapshot.matching("patches", where, ["patch"]).column("patch").to_numpy()  # of every encoder
@@ -72,10 +102,20 @@ class Filters:
 
     def _inside(self, part: Part) -> RowIds:
         if isinstance(part, Label):
-            found = self._in_label(part)
-        else:
-            inside = _in_ball if isinstance(part, Ball) else _in_cuboid
-            found = self._canonical(part, inside) if part.space == "canonical" else self._in_scan(part, inside)
+            return self._ids(self._in_label(part))
+        inside = _in_ball if isinstance(part, Ball) else _in_cuboid
+        if part.space != "canonical":
+            return self._ids(self._in_scan(part, inside))
+        numbers = range(len(self.scans)) if part.scan is None else [self._number(part.scan)]
+        if part.scan is not None and part.scan not in self._charts:
+            raise NotFound(
+                f"scan {part.scan!r} has no chart that holds, so its patches have no canonical coordinates",
+                next_step="ask in its patient mm, or run isimed index",
+            )
+        return self._ids(self._canonical(part, inside, numbers))
+
+    def _ids(self, found: Iterable[tuple[int, Mask]]) -> RowIds:
+        """Row ids of the patches that masks keep, by rising number of segment."""
         return np.concatenate([np.empty(0, np.int64), *(self.places.ids_of(n)[mask] for n, mask in found)])
 
     def _in_scan(self, part: Ball | Cuboid, inside: Callable[..., Mask]) -> list[tuple[int, Mask]]:
@@ -85,27 +125,26 @@ class Filters:
         _check_meets(part, geometry, found=bool(mask.any()))
         return [(number, mask)]
 
-    def _canonical(self, part: Ball | Cuboid, inside: Callable[..., Mask]) -> list[tuple[int, Mask]]:
-        chosen = range(len(self.scans)) if part.scan is None else [self._number(part.scan)]
-        if part.scan is not None and part.scan not in self._charts:
-            raise NotFound(
-                f"scan {part.scan!r} has no chart that holds, so its patches have no canonical coordinates",
-                next_step="ask in its patient mm, or run isimed index",
-            )
-        lacking = sum(self.scans[number] not in self._charts for number in chosen)
-        if lacking:
-            warnings.warn(
-                f"{lacking} of {len(self.scans)} encoded scans have no chart that holds, so none of their patches is "
-                "within canonical coordinates. Next: isimed index",
-                StoreWarning,
-                stacklevel=6,
-            )
-        charted = [number for number in chosen if self.scans[number] in self._charts]
+    def _canonical(
+        self, part: Ball | Cuboid, inside: Callable[..., Mask], numbers: Iterable[int]
+    ) -> list[tuple[int, Mask]]:
+        charted = [number for number in numbers if self.scans[number] in self._charts]
         # A chart is an affine map, and so canonical centres are those of `patches`: cx_mm, cy_mm, cz_mm.
         return [
             (number, inside(part, apply_affine(self._charts[self.scans[number]], self.places.centres_of(number))))
             for number in charted
         ]
+
+    def _tell_of_charts(self, scans: Collection[str], stacklevel: int) -> None:
+        """Warn of scans that are in no canonical place; with every question, for the answer lacks them every time."""
+        lacking = sum(scan not in self._charts for scan in scans)
+        if lacking:
+            warnings.warn(
+                f"{lacking} of {len(scans)} encoded scans have no chart that holds, so none of their patches is "
+                "within canonical coordinates. Next: isimed index",
+                StoreWarning,
+                stacklevel=stacklevel,
+            )
 
     @cached_property
     def _charts(self) -> Mapping[str, Affine]:
@@ -152,19 +191,21 @@ class Filters:
             found.setdefault(row["scan"], []).append(row["label"])
         return found
 
-    def _labels_at(self, number: int) -> NDArray[np.int64]:
+    def _labels_at(self, number: int) -> NDArray[Any]:
         """The label (m,) at the centre of each patch of a segment; 0 outside of all, and outside of the volume."""
-        if number not in self._labels:
-            scan = self.scans[number]
-            stored = open_chunks(self.snapshot.chunks_path(scan), scan)
-            labels = stored.labels()
-            at = np.rint(apply_affine(inverse(stored.affine), self.places.centres_of(number))).astype(np.int64)
-            found = np.zeros(len(at), np.int64)
-            if labels is not None:
-                held = ((at >= 0) & (at < labels.shape)).all(axis=1)
-                found[held] = labels[tuple(at[held].T)]
-            self._labels[number] = found
-        return self._labels[number]
+        return self._labels.get(number, lambda: self._read_labels(number))
+
+    def _read_labels(self, number: int) -> NDArray[Any]:
+        scan = self.scans[number]
+        stored = open_chunks(self.snapshot.chunks_path(scan), scan)
+        labels = stored.labels()
+        if labels is None:
+            return np.zeros(len(self.places.ids_of(number)), np.uint8)
+        at = np.rint(apply_affine(inverse(stored.affine), self.places.centres_of(number))).astype(np.int64)
+        found = np.zeros(len(at), labels.dtype)
+        held = ((at >= 0) & (at < labels.shape)).all(axis=1)
+        found[held] = labels[tuple(at[held].T)]
+        return found
 
 
 # Centres are stored as float32: one on the border, as whole voxels and strides put it there, is inside.

@@ -339,14 +339,12 @@ class Lookup:
         self, source: Source, at: Point, targets: Mapping[str, str], within_mm: float | None
     ) -> NDArray[np.int64]:
         """Row ids of the target scans' patches, only such as lie within a canonical distance where one is given."""
+        if within_mm is not None:
+            x, y, z = source.canonical(at).tolist()
+            return self.neighbours.filters.near(Ball((x, y, z), within_mm, "canonical"), targets)
         places, scans = self.neighbours.places, self.neighbours.scans
         ids = [places.ids_of(number) for number, scan in enumerate(scans) if scan in targets]
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *ids])
-        if within_mm is None:
-            return rows
-        x, y, z = source.canonical(at).tolist()
-        near = self.neighbours.filters.satisfy(Ball((x, y, z), within_mm, "canonical"))
-        return np.intersect1d(rows, near, assume_unique=True)
+        return np.concatenate([np.empty(0, dtype=np.int64), *ids])
 
     def _patch_columns(
         self, row_ids: NDArray[np.int64], distances: NDArray[np.float32], subjects: Mapping[str, str], space: Space

@@ -49,9 +49,10 @@ def like(neighbours: Neighbours, patches: ArrayLike, wanted: Wanted) -> pa.Table
     asked = _checked(neighbours, patches)
     owners = neighbours.places.owners(neighbours.places.positions(asked))
     hits = nothing(len(asked), wanted.k)
+    kept = neighbours.filters.rows(wanted.where, wanted.within)
     for number in np.unique(owners).tolist():
         mine = np.flatnonzero(owners == number)
-        found = _search(neighbours, asked[mine], number, wanted)
+        found = _search(neighbours, asked[mine], _others(neighbours, number, wanted, kept), wanted)
         hits.row_ids[mine], hits.distances[mine] = found.row_ids, found.distances
     return _table(neighbours, asked, hits)
 
@@ -59,16 +60,17 @@ def like(neighbours: Neighbours, patches: ArrayLike, wanted: Wanted) -> pa.Table
 def stream(neighbours: Neighbours, of: str | None, wanted: Wanted) -> Iterator[pa.Table]:
     """What `like` gives of all patches that the SQL condition `of` keeps, by rising id, in tables of bounded size."""
     chosen = neighbours.filters.rows(of)
+    kept = neighbours.filters.rows(wanted.where, wanted.within)
     for number in range(len(neighbours.scans)):
         asked = neighbours.places.ids_of(number)
         if chosen is not None:
             asked = np.intersect1d(asked, chosen, assume_unique=True)
         if not asked.size:
             continue
-        among = _others(neighbours, number, wanted)
+        among = _others(neighbours, number, wanted, kept)
         for start in range(0, len(asked), QUERIES_AT_ONCE):
             some = asked[start : start + QUERIES_AT_ONCE]
-            yield _table(neighbours, some, _search(neighbours, some, number, wanted, among))
+            yield _table(neighbours, some, _search(neighbours, some, among, wanted))
 
 
 def _checked(neighbours: Neighbours, patches: ArrayLike) -> RowIds:
@@ -85,23 +87,21 @@ def _checked(neighbours: Neighbours, patches: ArrayLike) -> RowIds:
     return asked
 
 
-def _search(neighbours: Neighbours, asked: RowIds, number: int, wanted: Wanted, among: RowIds | None = None) -> Hits:
+def _search(neighbours: Neighbours, asked: RowIds, among: RowIds, wanted: Wanted) -> Hits:
     """The hits of some patches of one segment."""
     rows, back = np.unique(asked, return_inverse=True)
     vectors = neighbours.index.exact.vectors(rows)[back]
-    allowed = _others(neighbours, number, wanted) if among is None else among
-    return neighbours.index.search(vectors, wanted.k, allowed, exact=wanted.exact)
+    return neighbours.index.search(vectors, wanted.k, among, exact=wanted.exact)
 
 
-def _others(neighbours: Neighbours, number: int, wanted: Wanted) -> RowIds:
-    """Row ids that may answer a patch of one segment."""
+def _others(neighbours: Neighbours, number: int, wanted: Wanted, kept: RowIds | None) -> RowIds:
+    """Row ids that may answer a patch of one segment: of those `kept`, or of all."""
     places, subjects = neighbours.places, neighbours.subjects
     same = np.array([subject == subjects[number] for subject in subjects])
     allowed = {"include": np.ones(len(same), bool), "exclude": ~same, "only": same}[wanted.same_subject]
     allowed[number] = False
-    kept = places.row_ids[np.repeat(allowed, np.diff(places.starts))]
-    chosen = neighbours.filters.rows(wanted.where, wanted.within)
-    return kept if chosen is None else np.intersect1d(kept, chosen, assume_unique=True)
+    others = places.row_ids[np.repeat(allowed, np.diff(places.starts))]
+    return others if kept is None else np.intersect1d(others, kept, assume_unique=True)
 
 
 def _table(neighbours: Neighbours, asked: RowIds, hits: Hits) -> pa.Table:

@@ -291,6 +291,12 @@ class TestPatches:
         assert set(only.columns["scan"]) == {COPIES[1].stem}
         assert len(store.search_patches(POINTS[1], ASKED, where="false")) == 0
 
+    def test_of_scans_that_may_not_answer_no_centre_is_read(self, cohort: Cohort):
+        store = isi.open(cohort.store, mode="r")
+        asked = f"scan = '{COPIES[2].stem}'"
+        assert len(store.search_patches(POINTS[1], ASKED, where=asked, within_mm=30.0)) > 0
+        assert store._lookup(None).neighbours.places._read.sum() == 1
+
     def test_spaces(self, store: Store, cohort: Cohort):
         for match in store.search_patches(cohort.voxel_of(COPIES[0], POINTS[1]), ASKED, space="voxel", k=5):
             in_file = cohort.voxel_of(BY_SCAN[match.scan], match.xyz_mm)

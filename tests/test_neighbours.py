@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, SqlRefused, UsageError
+from isimed_index.filters import Remembered
 
 PLACE = ["x_mm", "y_mm", "z_mm"]
 
@@ -142,9 +144,24 @@ def test_a_filter_is_evaluated_once_for_a_pinned_generation(store: Store, monkey
         found = store.search(vectors[:2], 5, where)
         assert (found.column("x_mm").to_numpy() < 4).all()
     assert asked == ["x_mm < 3", "x_mm < 4"]
-    monkeypatch.setattr("isimed_index.filters._KEPT_ROWS", 10)
-    store.search(vectors[:2], 5, "x_mm < 5")
-    assert list(filters._kept) == ["x_mm < 5"]  # the others gave way
+
+
+def test_what_is_remembered_is_bounded_and_may_be_asked_for_by_many_threads() -> None:
+    kept = Remembered(40)
+    made: list[int] = []
+
+    def ask(number: int) -> int:
+        return len(kept.get(number, lambda: made.append(number) or np.zeros(number, np.uint8)))
+
+    assert [ask(number) for number in (20, 20, 15, 20, 10)] == [20, 20, 15, 20, 10]
+    assert made == [20, 15, 10]
+    assert [ask(number) for number in (20, 10, 15)] == [20, 10, 15]
+    assert made == [20, 15, 10, 15]  # the one that had not been asked for the longest time had given way
+    assert [ask(100), ask(100), ask(10)] == [100, 100, 10]
+    assert made == [20, 15, 10, 15, 100, 10]
+    numbers = np.random.default_rng(0).integers(1, 40, 4_000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, numbers)) == numbers
 
 
 @pytest.mark.parametrize(
