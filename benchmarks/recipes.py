@@ -28,7 +28,7 @@ from isimed_index.index.recall import RecallTest
 from isimed_index.index.recipe import Recipe, ram_bytes
 from isimed_index.index.search import LiveIndex
 from isimed_index.index.spectrum import Axes
-from isimed_index.index.strata import filters
+from isimed_index.index.strata import Filters
 from isimed_index.index.trials import Trained
 from isimed_index.index.tune import Tuned, live, tune
 
@@ -102,7 +102,7 @@ def measure(n: int, dim: int, target: float) -> dict[str, object]:
     plain = single_ms(chosen, fresh)
     result["p99_ms"] = {"all": round(float(np.quantile(plain, 0.99)), 3)}
     result["recall"] = {"all": card.recall_at_10}
-    for one in filters(exact, np.sort(np.random.default_rng(5).choice(n, QUERIES, replace=False)), 5):
+    for one in Filters(exact, np.sort(np.random.default_rng(5).choice(n, QUERIES, replace=False)), 5):
         name = f"{one.shape} {one.share:g}"
         result["recall"][name] = round(one.test.recall(chosen), 4)  # type: ignore[index]
         taken = single_ms(chosen, one.test.queries, one.test.among)

@@ -9,20 +9,21 @@ import warnings
 from collections.abc import Iterator
 
 from isimed_index.errors import IsimedError, StoreWarning
-from isimed_index.index.card import IndexCard
+from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.plan import measure_again
 from isimed_index.neighbours import Neighbours
 from isimed_index.progress import Progress, Silent
 from isimed_index.store.manifest import Artefact
 from isimed_index.store.repository import Repository
 from isimed_index.store.snapshot import Snapshot
-from isimed_index.store.upkeep.findings import Finding
+from isimed_index.store.upkeep.findings import NOTHING, Finding
 
 
 def broken_promises(repository: Repository, progress: Progress | None = None) -> list[Finding]:
     """A finding for each index of the newest generation whose recall is below what it was built for.
 
-    Below means with a confidence of 95 %. Damaged indexes are left out: the audit names them.
+    Below means with a confidence of 95 % for all filters of an index together (Bonferroni). Damaged indexes are left
+    out: the audit names them.
     """
     told = progress or Silent()
     found: list[Finding] = []
@@ -62,6 +63,23 @@ def _below(head: Snapshot, artefact: Artefact) -> Iterator[Finding]:
     if below:
         measured = ", ".join(f"{one.recall:.4f} ({one.name})" for one in below)
         message = f"recall@10 is {measured}, and was promised to be {card.min_recall:g}"
+        changed = card.row_ranges != row_ranges([row_ids for row_ids, _ in live.exact.blocks])
+        step = _next_step(neighbours.card.id, card, changed)
         yield Finding.of(
-            "recall_below_target", artefact.path, message, severity="warning", generations=[head.generation]
+            "recall_below_target",
+            artefact.path,
+            message,
+            severity="warning",
+            generations=[head.generation],
+            repair=f"{NOTHING}{step}",
         )
+
+
+def _next_step(encoder: str, card: IndexCard, changed: bool) -> str:
+    """What mends the recall: an index of the rows that live now, or of the same rows for a target halfway to 1."""
+    target = card.min_recall if changed else (1 + card.min_recall) / 2
+    if not changed and target == card.min_recall:
+        return "isimed query --exact asks without the index"
+    limits = f" --max-ram {card.max_ram_bytes}" if card.max_ram_bytes is not None else ""
+    limits += f" --max-latency {card.max_latency_ms:g}" if card.max_latency_ms is not None else ""
+    return f"isimed index --encoder {encoder} --min-recall {target:g}{limits}"

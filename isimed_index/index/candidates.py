@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def lists_for(n: int) -> int:
 
 
 def intrinsic(
-    exact: ExactIndex, axes: Axes, test: RecallTest, filters: Sequence[Filter], min_recall: float
+    exact: ExactIndex, axes: Axes, test: RecallTest, filters: Iterable[Filter], min_recall: float
 ) -> dict[int, int]:
     """For each depth (times the rows asked for), how many axes keep the true neighbours so near.
 
@@ -45,7 +45,7 @@ def intrinsic(
     target = (1 + min_recall) / 2
     plain = _depths(exact, axes, test)
     dims = {depth: plain.least(depth * ASKED, target) for depth in _DEPTHS}
-    told = [one.test for one in filters if one.shape in ("side", "ball") and one.share >= _TELLING]
+    told = (one.test for one in filters if one.shape in ("side", "ball") and one.share >= _TELLING)
     least = max((_depths(exact, axes, one).least(_DEPTHS[-1] * ASKED, target) for one in told), default=0)
     return {depth: max(found, least) for depth, found in dims.items()}
 

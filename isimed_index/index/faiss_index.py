@@ -42,6 +42,7 @@ MAPPED_FROM = 64 << 20  # bytes; smaller files are read
 _QUERIES_AT_ONCE = 256  # under a filter: bounds the table of distances to centres
 _NONE = np.empty(0, np.int64)
 _AGAIN = "run isimed index again"
+_IDS_AT_ONCE = 1 << 20  # of a bitmap, a multiple of 8: each takes a byte while it is made
 _BITMAP_BYTES_PER_ROW = 8  # a bitmap filter that would take more than this gives way to a hash set
 
 
@@ -292,14 +293,23 @@ def _vector(values: NDArray[np.float32]) -> Any:
 
 
 def _selector(rows: RowIds, total: int) -> Any:
-    """A filter for sorted, unique row ids: a bitmap is quicker, a hash set smaller where ids run far past the rows."""
+    """A filter for sorted, unique row ids: a range where they have no gaps, else a bitmap, from the id 0.
+
+    Where ids run far past the rows a hash set is smaller.
+    """
     faiss = _faiss()
-    highest = int(rows[-1])
-    if rows[0] < 0 or highest // 8 > _BITMAP_BYTES_PER_ROW * total:
+    lowest, highest = int(rows[0]), int(rows[-1])
+    if highest - lowest + 1 == rows.size:
+        return faiss.IDSelectorRange(lowest, highest + 1)
+    if lowest < 0 or highest // 8 > _BITMAP_BYTES_PER_ROW * total:
         return faiss.IDSelectorBatch(rows)
-    bits = np.zeros(highest // 8 * 8 + 8, dtype=np.uint8)
-    bits[rows] = 1
-    return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+    bitmap = np.zeros(highest // 8 + 1, dtype=np.uint8)
+    firsts = list(range(0, highest + 1, _IDS_AT_ONCE))
+    for first, some in zip(firsts, np.split(rows, np.searchsorted(rows, firsts[1:])), strict=True):
+        bits = np.zeros(min(_IDS_AT_ONCE, highest + 1 - first), dtype=np.bool_)
+        bits[some - first] = True
+        bitmap[first // 8 : (first + bits.size + 7) // 8] = np.packbits(bits, bitorder="little")
+    return faiss.IDSelectorBitmap(bitmap)
 
 
 def copies(vectors: Vectors, metric: Metric) -> NDArray[np.float32]:

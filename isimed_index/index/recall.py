@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from isimed_index.index.protocol import NO_ROW, Index, RowIds
 
 AT = 10
 _TIES = 16  # rows as near as the 10th neighbour that are known by name, for `by_depth`
-_SURE = 1.645  # standard errors below the mean: the true mean is higher in 95 of 100 cases
+SURE = 0.95  # the confidence of a bound, which stands alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,13 @@ class RecallTest:
         return shares
 
 
-def at_least(shares: NDArray[np.float64]) -> float:
-    """What the mean recall of all possible queries is above, with a confidence of 95 % (normal approximation)."""
+def at_least(shares: NDArray[np.float64], confidence: float = SURE) -> float:
+    """What the mean recall of all possible queries is above, with this confidence (normal approximation)."""
     if shares.size < 2:
         return float(shares.mean()) if shares.size else 1.0
-    return float(shares.mean() - _SURE * shares.std(ddof=1) / np.sqrt(shares.size))
+    return float(shares.mean() - NormalDist().inv_cdf(confidence) * shares.std(ddof=1) / np.sqrt(shares.size))
 
 
-def at_most(shares: NDArray[np.float64]) -> float:
-    """What the mean recall of all possible queries is below, with a confidence of 95 %."""
-    return 2 * float(shares.mean()) - at_least(shares) if shares.size else 1.0
+def at_most(shares: NDArray[np.float64], confidence: float = SURE) -> float:
+    """What the mean recall of all possible queries is below, with this confidence."""
+    return 2 * float(shares.mean()) - at_least(shares, confidence) if shares.size else 1.0

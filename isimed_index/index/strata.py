@@ -11,7 +11,7 @@ alone finds next to nothing there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from isimed_index.index.costs import best_ms
 from isimed_index.index.exact import ExactIndex, unit_length
 from isimed_index.index.protocol import Index, RowIds
-from isimed_index.index.recall import AT, RecallTest, at_least, at_most
+from isimed_index.index.recall import AT, SURE, RecallTest, at_least, at_most
 
 Shape = Literal["all", "random", "side", "ball"]
 
@@ -54,31 +54,60 @@ class Filter:
     share: float
     test: RecallTest
 
-    def measure(self, index: Index) -> Stratum:
-        """Recall and time of an index with true distances under this filter."""
+    def measure(self, index: Index, confidence: float = SURE) -> Stratum:
+        """Recall, with bounds of this confidence, and time of an index with true distances under this filter."""
         shares = self.test.of_each(index)
         recall = float(shares.mean()) if shares.size else 1.0
         asked = self.test.queries[: min(_TIMED, len(self.test.queries))]
         times = [best_ms(index.search, query[None], AT, self.test.among, repeats=2) for query in asked]
-        bounds = (max(0.0, at_least(shares)), min(1.0, at_most(shares)))
+        bounds = (max(0.0, at_least(shares, confidence)), min(1.0, at_most(shares, confidence)))
         return Stratum(self.shape, self.share, recall, *bounds, shares.size, float(np.median(times)))
 
 
-def filters(exact: ExactIndex, held_out: RowIds, seed: int) -> Iterator[Filter]:
-    """Filters of every shape and size, each with the truth for the rows `held_out`."""
-    for shape, share, rows in _kept_rows(exact, held_out, np.random.default_rng(seed)):
-        yield Filter(shape, share, RecallTest.prepare(exact, held_out, rows))
+class Filters:
+    """Filters of every shape and size, each with the truth for the rows `held_out`.
+
+    They are made one at a time, whenever they are gone through: one keeps up to half of all rows. What stays is the
+    truth, and a byte a row for each shape.
+    """
+
+    def __init__(self, exact: ExactIndex, held_out: RowIds, seed: int) -> None:
+        self._exact = exact
+        self._held_out = held_out
+        self._least = dict(_least_filters(exact, held_out, np.random.default_rng(seed)))
+        self._truths: dict[tuple[Shape, float], RecallTest] = {}  # without the rows that are kept
+
+    def __len__(self) -> int:
+        return len(self._least) * len(SHARES)
+
+    def __iter__(self) -> Iterator[Filter]:
+        ends = np.cumsum([ids.size for ids, _ in self._exact.blocks])[:-1]
+        for shape, least in self._least.items():
+            for number, share in enumerate(SHARES):
+                masks = np.split(least <= number, ends)
+                rows = np.concatenate([ids[mask] for (ids, _), mask in zip(self._exact.blocks, masks, strict=True)])
+                yield Filter(shape, share, self._test(shape, share, rows))
+
+    def _test(self, shape: Shape, share: float, rows: RowIds) -> RecallTest:
+        if (shape, share) not in self._truths:
+            found = RecallTest.prepare(self._exact, self._held_out, rows)
+            self._truths[shape, share] = replace(found, among=None)
+        return replace(self._truths[shape, share], among=rows)
 
 
-def _kept_rows(exact: ExactIndex, held_out: RowIds, rng: np.random.Generator) -> Iterator[tuple[Shape, float, RowIds]]:
-    """What a filter of each shape and size keeps: rising row ids."""
+def _least_filters(
+    exact: ExactIndex, held_out: RowIds, rng: np.random.Generator
+) -> Iterator[tuple[Shape, NDArray[np.uint8]]]:
+    """By shape, the number (n,) of the smallest filter that keeps a row; that of no filter where none does."""
     row_ids = np.concatenate([ids for ids, _ in exact.blocks])
     orders: dict[Shape, NDArray[np.float32]] = {"random": rng.random(row_ids.size, dtype=np.float32)}
     orders["side"], orders["ball"] = _heights(exact, held_out, int(rng.choice(row_ids)))
     for shape, order in orders.items():
         ranked = np.argsort(order, kind="stable")
-        for share in SHARES:
-            yield shape, share, np.sort(row_ids[ranked[: max(1, int(share * row_ids.size))]])
+        least = np.full(row_ids.size, len(SHARES), np.uint8)
+        for number in reversed(range(len(SHARES))):
+            least[ranked[: max(1, int(SHARES[number] * row_ids.size))]] = number
+        yield shape, least
 
 
 def _heights(exact: ExactIndex, held_out: RowIds, centre: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

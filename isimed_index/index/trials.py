@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,7 +56,7 @@ class _Trial:
 
 
 def choose(
-    exact: ExactIndex, goal: Goal, samples: Samples, judge: RecallTest, tuning: Sequence[Filter]
+    exact: ExactIndex, goal: Goal, samples: Samples, judge: RecallTest, tuning: Iterable[Filter]
 ) -> tuple[tuple[Tried, ...], Tuned]:
     """The quickest index that reaches the goal, and what was tried; `RecallBelowTarget` when none does.
 
@@ -78,7 +78,7 @@ def choose(
     raise _below_target(tried, goal, ram_bytes(Recipe("Flat"), n, dim))
 
 
-def _groups(trained: Trained, tuning: Sequence[Filter], min_recall: float) -> Iterator[list[Recipe]]:
+def _groups(trained: Trained, tuning: Iterable[Filter], min_recall: float) -> Iterator[list[Recipe]]:
     """Candidates in groups: a later one only where none of the earlier reaches the goal. Flat, exact, is the last."""
     n, dim = len(trained.exact), trained.exact.dim or 0
     if trained.axes is not None:

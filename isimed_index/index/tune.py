@@ -7,7 +7,7 @@ that high, because what is ranked again is ranked by true distances.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from isimed_index.index.costs import NEVER_EXACT, best_ms
 from isimed_index.index.exact import ExactIndex
 from isimed_index.index.faiss_index import FaissIndex
+from isimed_index.index.lists import Kept
 from isimed_index.index.protocol import Block
 from isimed_index.index.recall import AT, RecallTest, at_least
 from isimed_index.index.recipe import ASKED
@@ -70,32 +71,36 @@ def stronger(tuned: Tuned, exact: ExactIndex, test: RecallTest) -> Tuned:
     return _timed(tuned.index, exact, test, probes, fetch, recall, at_least(shares))
 
 
-def reach_filters(index: FaissIndex, filters: Sequence[Filter], target: float) -> FaissIndex:
+def reach_filters(index: FaissIndex, filters: Iterable[Filter], target: float) -> FaissIndex:
     """The index with the fewest rows ranked again, and then the least reach, that meet `target` under every filter.
 
     Small filters, all of whose rows are ranked again anyway, tell nothing. Where a filter is out of reach of the codes
-    as they are, the index visits every list, and the contract tells.
+    as they are, the index visits every list, and the contract tells. The filters are gone through twice.
     """
     if not index.recipe.lists:
         return index
-    told = [one for one in filters if one.test.among is not None and one.test.among.size > _DEEP[-1] * ASKED]
-    kept = [index.keep(one.test.among) for one in told if one.test.among is not None]
     depths = [math.ceil(deep * ASKED) for deep in _DEEP]
     everywhere = index.with_recipe(reach=0, deep=_DEEP[-1])
     deep = index.recipe.fetch
-    for one, rows in zip(told, kept, strict=True):
-        shares = one.test.by_depth(everywhere.search(one.test.queries, depths[-1], rows).row_ids, depths)
+    for test, rows in _telling(index, filters):
+        shares = test.by_depth(everywhere.search(test.queries, depths[-1], rows).row_ids, depths)
         enough = [d for d, share in zip(_DEEP, shares, strict=True) if at_least(share) >= (1 + target) / 2]
         deep = max(deep, enough[0] if enough else _DEEP[-1])
     fetched = index.with_recipe(deep=deep).recipe.rows_fetched(ASKED, filtered=True)
     reach = max(fetched, index.recipe.probes * len(index) // index.recipe.lists)
-    for one, rows in zip(told, kept, strict=True):
+    for test, rows in _telling(index, filters):
         while reach < rows.rows.size:
-            hits = index.with_recipe(reach=reach, deep=deep).search(one.test.queries, fetched, rows)
-            if at_least(one.test.by_depth(hits.row_ids, [fetched])[0]) >= target:
+            hits = index.with_recipe(reach=reach, deep=deep).search(test.queries, fetched, rows)
+            if at_least(test.by_depth(hits.row_ids, [fetched])[0]) >= target:
                 break
             reach += reach // 2
     return index.with_recipe(reach=0 if reach >= len(index) else reach, deep=deep)
+
+
+def _telling(index: FaissIndex, filters: Iterable[Filter]) -> Iterator[tuple[RecallTest, Kept]]:
+    for one in filters:
+        if one.test.among is not None and one.test.among.size > _DEEP[-1] * ASKED:
+            yield one.test, index.keep(one.test.among)
 
 
 def live(exact: ExactIndex, index: FaissIndex) -> LiveIndex:

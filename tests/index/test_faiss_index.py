@@ -191,3 +191,22 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtra) as caught:
         FaissIndex.build([], "l2", Recipe("Flat"), 3)
     assert "isimed-index[cpu]" in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(40, 90),
+        np.array([63]),
+        np.array([3, 15, 16, 17, 40, 47, 48, 99]),
+        np.arange(0, 100, 3),
+        np.array([7, 50, 10**9]),
+    ],
+    ids=["range", "one", "bitmap", "even", "set"],
+)
+def test_a_filter_of_any_kind_keeps_its_rows(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isimed_index.index.faiss_index._IDS_AT_ONCE", 16)
+    vectors = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    index = FaissIndex.build([(np.arange(100), vectors)], "l2", Recipe("Flat"), 4)
+    found = index.search(vectors[:1], 100, rows).row_ids
+    assert np.sort(found[found >= 0]).tolist() == rows[rows < 100].tolist()

@@ -22,7 +22,7 @@ from isimed_index.index.recall import RecallTest, at_least
 from isimed_index.index.recipe import Recipe, ram_bytes
 from isimed_index.index.search import LiveIndex
 from isimed_index.index.spectrum import Axes, measure_depths
-from isimed_index.index.strata import SHARES, filters
+from isimed_index.index.strata import SHARES, Filters
 
 MIB = 2**20
 
@@ -245,8 +245,13 @@ def test_the_dimension_comes_from_neighbours_and_not_from_variance() -> None:
 def test_filters_keep_what_they_say() -> None:
     vectors = position_like(2_000)
     exact = ExactIndex(blocks_of(vectors), "l2")
-    made = {(one.shape, one.share): one.test for one in filters(exact, np.arange(100, 160), 0)}
-    assert len(made) == 12
+    asked = Filters(exact, np.arange(100, 160), 0)
+    made = {(one.shape, one.share): one.test for one in asked}
+    assert len(made) == len(asked) == 12
+    for one in asked:
+        before = made[one.shape, one.share]
+        assert (one.test.among is before.among, one.test.among.tolist()) == (False, before.among.tolist())
+        assert one.test.near is before.near  # the truth is found once
     for (shape, share), test in made.items():
         kept = test.among - 100
         assert kept.size == share * 2_000

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Severity = Literal["damage", "leak", "warning", "info"]
 
 FROM_COPY = "writes it again from its copy"
+NOTHING = "nothing: "  # and then what is to be done instead
 _RESTORE = "nothing: " + files.RESTORE
 _REPAIRS = {  # by kind; artefacts that are not as committed: by kind of artefact, below
     "format_damaged": "writes it again, when a manifest is good",
@@ -36,8 +37,6 @@ _REPAIRS = {  # by kind; artefacts that are not as committed: by kind of artefac
     "encoder_mismatch": "nothing: restore the encoder from a backup, or isimed delete --encoder",
     "weights_mismatch": "nothing: restore the encoder from a backup, or isimed delete --encoder",
     "chart_of_unknown_scan": "nothing: it harms nobody, and the next fit of the frame leaves it out",
-    "recall_below_target": "nothing: isimed index builds it again where patches came or went since; else ask it for a "
-    "higher --min-recall",
     "tag_damaged": "moves it to quarantine/",
     "tag_missing_generation": "moves it to quarantine/",
     "orphan": "nothing: isimed gc removes it",
