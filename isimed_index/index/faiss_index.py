@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,26 +106,25 @@ class FaissIndex:
         except RuntimeError as error:  # FAISS tells a full disk by its text alone
             number = next((n for n in errno.errorcode if os.strerror(n) in str(error)), errno.EIO)
             raise OSError(number, os.strerror(number), FILE) from error
-        return _hash_of.__wrapped__(path)  # not remembered: only what was read from the disk is
+        return _sha256(path)
 
     @classmethod
     def load(cls, directory: Path, metric: Metric, recipe: Recipe, sha256: str) -> FaissIndex:
         """Open `index.faiss`; raises `StoreDamaged` when it is missing or its bytes are not those of `sha256`.
 
-        Large files are memory-mapped. `Incompatible` when the FAISS that is installed cannot read it.
+        Large files are memory-mapped, and not read as a whole: a store has hashed them when it says where they are
+        (`Snapshot.index_path`, once a process). `Incompatible` when the FAISS that is installed cannot read it.
         """
         faiss = _faiss()
         path = directory / FILE
         try:
-            about = path.stat()
-            mapped = about.st_size >= MAPPED_FROM
-            hash_of = _hash_of if mapped else _hash_of.__wrapped__
-            own = hash_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
+            mapped = path.stat().st_size >= MAPPED_FROM
+            whole = mapped or _sha256(path) == sha256
         except FileNotFoundError:
             raise StoreDamaged(f"the index file {FILE} is missing", next_step=_AGAIN) from None
         except OSError as error:
             raise StoreDamaged(f"the index file {FILE} cannot be read: {error.strerror}", next_step=_AGAIN) from None
-        if own != sha256:
+        if not whole:
             raise StoreDamaged(f"the index file {FILE} does not match its hash: it is damaged", next_step=_AGAIN)
         try:
             native = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
@@ -318,9 +317,7 @@ def copies(vectors: Vectors, metric: Metric) -> NDArray[np.float32]:
     return np.ascontiguousarray(unit_length(plain), dtype=np.float32) if metric == "cosine" else plain
 
 
-@lru_cache(maxsize=64)
-def _hash_of(path: Path, *_about: int) -> str:
-    """The sha256 of a file; read once a process for each inode, time of change and size."""
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

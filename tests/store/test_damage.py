@@ -358,3 +358,17 @@ def assert_repaired(store: Path, broken: Path, truth: Answers, images: Path) -> 
 
 def unordered(table: list[dict[str, Any]], *without: str) -> list[str]:
     return sorted(str({key: value for key, value in row.items() if key not in without}) for row in table)
+
+
+def test_a_flipped_bit_of_an_index_that_is_mapped_is_found_where_the_store_says_where_it_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isimed_index.index.faiss_index.MAPPED_FROM", 0)
+    shutil.copytree(whole / "store", tmp_path / "store")
+    right = search(Repository.open(whole / "store").snapshot())
+    (path,) = (tmp_path / "store").glob("indexes/*/index.faiss")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(StoreWarning, match="does not match its hash"):
+        assert search(Repository.open(tmp_path / "store").snapshot()) == right
