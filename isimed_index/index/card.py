@@ -141,11 +141,11 @@ def row_ranges(blocks: Sequence[RowIds]) -> tuple[tuple[int, int], ...]:
     return tuple((int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
-def covered(row_ids: RowIds, ranges: Sequence[tuple[int, int]]) -> RowIds:
-    """Those of `row_ids` that lie in sorted half-open ranges."""
-    if not ranges:
+def covered(row_ids: RowIds, ranges: Sequence[tuple[int, int]] | RowIds) -> RowIds:
+    """Those of `row_ids` that lie in sorted half-open ranges; for many blocks give these as an array (r, 2)."""
+    if not len(ranges):
         return row_ids[:0]
-    bounds = np.array(ranges, dtype=np.int64)  # (r, 2)
+    bounds = np.asarray(ranges, dtype=np.int64)  # (r, 2)
     place = np.searchsorted(bounds[:, 0], row_ids, side="right") - 1
     inside: RowIds = row_ids[(place >= 0) & (row_ids < bounds[place, 1])]
     return inside

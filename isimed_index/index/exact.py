@@ -8,6 +8,7 @@ therefore that of brute force in double precision, at the cost of one float32 ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -49,8 +50,8 @@ class ExactIndex:
         self.blocks = _checked_blocks(blocks)
         self._first_ids = np.array([row_ids[0] for row_ids, _ in self.blocks], dtype=np.int64)
         self._sizes = np.array([row_ids.size for row_ids, _ in self.blocks], dtype=np.int64)
-        last_ids = np.array([row_ids[-1] for row_ids, _ in self.blocks], dtype=np.int64)
-        self._gaps = last_ids - self._first_ids + 1 != self._sizes
+        self._last_ids = np.array([row_ids[-1] for row_ids, _ in self.blocks], dtype=np.int64)
+        self._gaps = self._last_ids - self._first_ids + 1 != self._sizes
         self._plain = [np.asarray(vectors) for _, vectors in self.blocks]  # without np.memmap's slow way of indexing
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class ExactIndex:
 
     def count(self, among: RowIds | None) -> int:
         """How many rows of this index a filter (sorted, unique row ids) keeps."""
-        return len(self) if among is None else sum(_places(ids, among).size for ids, _ in self.blocks)
+        return len(self) if among is None else sum(places.size for _, places in self._kept(among))
 
     def vectors(self, row_ids: ArrayLike) -> NDArray[np.float32]:
         """The vectors (n, d) of sorted row ids without repeats, all of which must be rows of this index."""
@@ -74,13 +75,30 @@ class ExactIndex:
     def pieces(self, among: RowIds | None, rows_at_once: int | None = None) -> Iterator[Block]:
         """Row ids and vectors of all rows that `among` (sorted, unique) keeps, in bounded pieces, in row order."""
         step = rows_at_once or max(1, _FLOATS_AT_ONCE // max(self.dim or 1, 1))
-        for row_ids, vectors in self.blocks:
-            places = None if among is None else _places(row_ids, among)
-            total = row_ids.size if places is None else places.size
-            for start in range(0, total, step):
-                some = slice(start, min(start + step, total))
-                taken = some if places is None else _as_slice(places[some])
-                yield row_ids[taken], np.asarray(vectors)[taken]
+        if among is None:
+            for (row_ids, _), vectors in zip(self.blocks, self._plain, strict=True):
+                for start in range(0, row_ids.size, step):
+                    yield row_ids[start : start + step], vectors[start : start + step]
+            return
+        for number, places in self._kept(among):
+            for start in range(0, places.size, step):
+                taken = _as_slice(places[start : start + step])
+                yield self.blocks[number][0][taken], self._plain[number][taken]
+
+    def _kept(self, among: RowIds) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """Of the blocks that hold rows of `among` (sorted, unique): number, and the places of these, rising."""
+        lows = np.searchsorted(among, self._first_ids)
+        highs = np.searchsorted(among, self._last_ids, side="right")
+        for number in np.flatnonzero(highs > lows).tolist():
+            wanted = among[lows[number] : highs[number]]
+            if not self._gaps[number]:
+                yield number, wanted - self._first_ids[number]
+                continue
+            row_ids = self.blocks[number][0]
+            places = np.searchsorted(row_ids, wanted)
+            places = places[row_ids[places] == wanted]
+            if places.size:
+                yield number, places
 
     def search(self, queries: ArrayLike, k: int, among: ArrayLike | None = None) -> Hits:
         """The k nearest rows of each query (m, d) among the rows that `among` lists."""
@@ -118,14 +136,23 @@ class ExactIndex:
         blocks = np.searchsorted(self._first_ids, wanted, side="right") - 1
         places = wanted - self._first_ids[blocks] if self.blocks else np.zeros_like(wanted)
         gaps = self._gaps[blocks] if self.blocks else np.zeros(wanted.size, dtype=bool)
-        for block in np.unique(blocks[gaps & (blocks >= 0)]):
-            row_ids = self.blocks[block][0]
-            mine = np.flatnonzero(blocks == block)
-            found = np.minimum(np.searchsorted(row_ids, wanted[mine]), row_ids.size - 1)
-            places[mine] = np.where(row_ids[found] == wanted[mine], found, row_ids.size)
+        mine = np.flatnonzero(gaps & (blocks >= 0))
+        if mine.size:
+            row_ids, before = self._with_gaps
+            found = np.searchsorted(row_ids, wanted[mine])
+            there = row_ids[np.minimum(found, row_ids.size - 1)] == wanted[mine]
+            owners = blocks[mine]
+            places[mine] = np.where(there, found - before[owners], self._sizes[owners])
         if self.blocks:
             blocks = np.where(places < self._sizes[blocks], blocks, -1)
         return blocks, places
+
+    @cached_property
+    def _with_gaps(self) -> tuple[RowIds, NDArray[np.int64]]:
+        """The row ids of all blocks that have gaps, rising, and by block how many of them stand before it."""
+        row_ids = np.concatenate([row_ids for (row_ids, _), gap in zip(self.blocks, self._gaps, strict=True) if gap])
+        sizes = np.where(self._gaps, self._sizes, 0)
+        return row_ids, np.cumsum(sizes) - sizes
 
     def _gather(self, blocks: NDArray[np.intp], places: NDArray[np.intp]) -> NDArray[np.float64]:
         """Vectors (p, d) from several blocks."""
@@ -252,15 +279,6 @@ def unit_length(vectors: NDArray[Float]) -> NDArray[Float]:
     length = np.linalg.norm(scaled, axis=1, keepdims=True)
     np.divide(scaled, length, out=scaled, where=length > 0)
     return scaled
-
-
-def _places(row_ids: RowIds, among: RowIds) -> NDArray[np.intp]:
-    """Positions in ascending `row_ids` of those that sorted `among` lists."""
-    low, high = np.searchsorted(among, [row_ids[0], row_ids[-1] + 1])
-    wanted = among[low:high]
-    places = np.searchsorted(row_ids, wanted)
-    found: NDArray[np.intp] = places[row_ids[places] == wanted]
-    return found
 
 
 def _as_slice(places: NDArray[np.intp]) -> slice | NDArray[np.intp]:

@@ -56,7 +56,8 @@ class LiveIndex:
         self.exact = ExactIndex(blocks, metric)
         self.costs = costs
         self._index = index
-        alive = [(row_ids, covered(row_ids, ranges if index else ())) for row_ids, _ in self.exact.blocks]
+        bounds = np.array(ranges if index else (), dtype=np.int64)
+        alive = [(row_ids, covered(row_ids, bounds)) for row_ids, _ in self.exact.blocks]
         self._covered = _joined([ours for _, ours in alive])
         self._tail = _joined([np.setdiff1d(row_ids, ours, assume_unique=True) for row_ids, ours in alive])
         self._dead = index is not None and len(index) != self._covered.size
