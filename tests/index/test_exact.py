@@ -86,6 +86,20 @@ def test_rerank_drops_rows_it_does_not_know() -> None:
     assert hits.distances.tolist() == [[0.5, 1.5, np.inf]]
 
 
+@given(case=cases())
+def test_ranking_rows_again_equals_a_search_among_them(
+    case: tuple[list[Block], np.ndarray, int, list[int] | None],
+) -> None:
+    """Of blocks with gaps and without, by names of which some are no rows."""
+    blocks, queries, k, _ = case
+    index = ExactIndex(blocks, "l2")
+    rough = np.tile(np.arange(120), (len(queries), 1))
+    hits = index.rerank(queries, Hits(rough, np.zeros(rough.shape, np.float32)), k)
+    truth = index.search(queries, k, np.arange(120))
+    assert hits.row_ids.tolist() == truth.row_ids.tolist()
+    assert hits.distances.tolist() == truth.distances.tolist()
+
+
 def test_vectors_come_in_row_order() -> None:
     index = ExactIndex([(np.array([8, 9]), np.eye(2)), (np.array([1, 5]), 2 * np.eye(2))], "l2")
     assert index.vectors([9, 1]).tolist() == [[2, 0], [0, 1]]
