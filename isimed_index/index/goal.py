@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from isimed_index.errors import UsageError
-from isimed_index.index.candidates import TRAIN_PER_LIST, is_small, lists_for
+from isimed_index.index.candidates import TRAIN_PER_LIST, lists_for
 from isimed_index.index.exact import ExactIndex
 from isimed_index.index.protocol import RowIds
 from isimed_index.index.recipe import Recipe, ram_bytes
 
 JUDGES = 500  # rows that are asked for their neighbours, for what is written down
 TUNERS = 400  # and for tuning
+FEW_JUDGES = 100  # where nothing but flat is tried, which finds all in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,10 @@ class Samples:
     training: RowIds
 
     @classmethod
-    def draw(cls, exact: ExactIndex, seed: int) -> Samples:
-        """Drawn at random from all rows."""
+    def draw(cls, exact: ExactIndex, seed: int, small: bool) -> Samples:
+        """Drawn at random from all rows; judges alone, and few of them, for a `small` trial: of flat, which is exact."""
         row_ids = np.concatenate([ids for ids, _ in exact.blocks])
-        small = is_small(row_ids.size, exact.dim or 0)
-        wanted = JUDGES if small else JUDGES + TUNERS + TRAIN_PER_LIST * lists_for(row_ids.size)
+        wanted = FEW_JUDGES if small else JUDGES + TUNERS + TRAIN_PER_LIST * lists_for(row_ids.size)
         drawn = np.random.default_rng(seed).choice(row_ids, min(row_ids.size, wanted), replace=False)
         judges, tuners, training = (np.sort(part) for part in np.split(drawn, [JUDGES, JUDGES + TUNERS]))
         return cls(judges, tuners, training)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from isimed_index.errors import UsageError
+from isimed_index.index.candidates import is_small
 from isimed_index.index.card import IndexCard, row_ranges
 from isimed_index.index.costs import Costs
 from isimed_index.index.exact import ExactIndex
@@ -53,7 +54,7 @@ def build_index(
     exact = ExactIndex(blocks, metric)
     if exact.dim is None:
         raise UsageError("there are no rows to index", next_step="encode a scan first")
-    samples = Samples.draw(exact, seed)
+    samples = Samples.draw(exact, seed, is_small(len(exact), exact.dim))
     judge = RecallTest.prepare(exact, samples.judges)
     tuners = samples.tuners[:_FILTER_QUERIES]
     tuning: Iterable[Filter] = Filters(exact, tuners, seed) if tuners.size else ()
@@ -96,9 +97,9 @@ def measure_again(live: LiveIndex, seed: int = 2) -> tuple[Stratum, ...]:
     under every filter. Each at 95 % by itself, one of 13 would be wrong in up to half of all checks of sound indexes.
     """
     exact = live.exact
-    asking = Samples.draw(exact, seed).judges
+    lists = live.index is not None and live.index.recipe.lists > 0
+    asking = Samples.draw(exact, seed, small=not lists).judges
     judge = Filter("all", 1.0, RecallTest.prepare(exact, asking))
-    lists = live.index is not None and live.index.recipe.lists
     few = asking[: _FILTER_QUERIES if lists else _FEW_QUERIES]
     filters = Filters(exact, few, seed)
     confidence = 1 - (1 - SURE) / (1 + len(filters))

@@ -63,11 +63,11 @@ def choose(
     `judge` has rows that tune nothing; the filters `tuning` have a say in how many dimensions are kept.
     """
     n, dim = len(exact), exact.dim or 0
-    tuners = samples.tuners if samples.tuners.size else samples.judges
+    test = RecallTest.prepare(exact, samples.tuners) if samples.tuners.size else judge
     sample = copies(exact.vectors(samples.training), exact.metric)
     step = max(1, sample.size // _AXES_FLOATS)
     axes = None if is_small(n, dim) else Axes.of(sample[::step])
-    trained = Trained(exact, RecallTest.prepare(exact, tuners), sample, axes)
+    trained = Trained(exact, test, sample, axes)
     tried: list[Tried] = []
     for recipes in _groups(trained, tuning, goal.min_recall):
         fitting = [recipe for recipe in recipes if goal.fits(recipe, n, dim)]

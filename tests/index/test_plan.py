@@ -87,7 +87,7 @@ def test_builds_a_flat_index_that_proves_its_recall(tmp_path: Path) -> None:
     vectors = position_like(800)
     card = build_index(tmp_path, blocks_of(vectors), "cosine", min_recall=1.0)
     assert (card.recipe.factory, card.recall_at_10, card.recall_at_10_filtered) == ("Flat", 1.0, 1.0)
-    assert (card.rows, card.dim, card.row_ranges, card.recall_queries) == (800, 24, ((100, 900),), 500)
+    assert (card.rows, card.dim, card.row_ranges, card.recall_queries) == (800, 24, ((100, 900),), 100)
     assert card.bytes == (tmp_path / "index.faiss").stat().st_size
     assert IndexCard.read(tmp_path) == card
 
@@ -220,7 +220,7 @@ def test_a_recipe_that_the_judges_had_made_stronger_is_told_so_and_has_to_be_in_
 
 def test_who_judges_neither_tunes_nor_trains() -> None:
     exact = ExactIndex(blocks_of(np.zeros((12_000, 200), np.float16)), "l2")
-    parts = Samples.draw(exact, 0)
+    parts = Samples.draw(exact, 0, small=False)
     every = np.concatenate([parts.judges, parts.tuners, parts.training])
     assert len(set(every.tolist())) == every.size
     assert (parts.judges.size, parts.tuners.size) == (500, 400)
