@@ -50,7 +50,7 @@ class Samples:
 
     @classmethod
     def draw(cls, exact: ExactIndex, seed: int, small: bool) -> Samples:
-        """Drawn at random from all rows; judges alone, and few of them, for a `small` trial: of flat, which is exact."""
+        """Drawn at random from all rows; for a `small` trial, of flat, which is exact, few judges and no others."""
         row_ids = np.concatenate([ids for ids, _ in exact.blocks])
         wanted = FEW_JUDGES if small else JUDGES + TUNERS + TRAIN_PER_LIST * lists_for(row_ids.size)
         drawn = np.random.default_rng(seed).choice(row_ids, min(row_ids.size, wanted), replace=False)
