@@ -288,7 +288,8 @@ class Store:
             method: isimed, barlowtwins, simclr, regisimed or coordinate; None is what the preset or `config` says.
             preset: default, paper or tiny.
             config: TOML whose fields replace the preset's.
-            epochs, batch_scans, patches_per_scan, seed: replace the fields of that name.
+            epochs, batch_scans, patches_per_scan, seed: replace the fields of that name. Where a view is one patch, as
+                in the preset paper, patches_per_scan is also how many places are drawn.
             device: auto, cpu or cuda.
             resume: go on from the last checkpoint; what is finished already is returned as it is.
             name: of the encoder, 1 to 200 printable characters; by default method and preset.

@@ -70,7 +70,8 @@ class PretrainConfig:
     """Everything that decides what a pretraining run does; stored with the encoder.
 
     A step draws `batch_scans` scans, `crops_per_scan` places in each and `views_per_crop` views (cubes of `view_vox`
-    voxels at `spacing_mm`) of each place. The methods see `patches_per_scan` patches (or pairs of views) of each scan.
+    voxels at `spacing_mm`) of each place. The methods see at most `patches_per_scan` patches (or pairs of views) of
+    each scan, chosen among those that wide views show; where a view is one patch, `pretrain_config` draws as many.
 
     `isimed` joins a distance, a coordinate and a descriptor objective, each where its weight is above zero. Distances
     are measured in units of `unit_mm` (voxels, where it equals `spacing_mm`), over `pairs` within scans or `all` of the
@@ -171,14 +172,14 @@ class PretrainConfig:
             raise ConfigError(f"expected clip 0 (none) or 1 or more, found {self.clip}")
         if self.views_per_crop not in (1, 2):
             raise ConfigError(f"expected views_per_crop 1 or 2, found {self.views_per_crop}")
-        if self.view_vox < 32 or (self.view_vox - 32) % 4:
+        if self.view_vox < _PATCH_VOX or (self.view_vox - _PATCH_VOX) % 4:
             raise ConfigError(f"expected view_vox 32, 36, 40, …, found {self.view_vox}")
-        if joint and self.descriptor_weight > 0 and (self.views_per_crop != 2 or self.view_vox == 32):
+        if joint and self.descriptor_weight > 0 and (self.views_per_crop != 2 or self.view_vox == _PATCH_VOX):
             raise ConfigError("the descriptor objective needs two views per crop, each wider than one patch")
         if self.method in TWO_VIEW_METHODS and self.views_per_crop != 2:
             raise ConfigError(f"{self.method} compares two views of a crop, found views_per_crop {self.views_per_crop}")
         heads = joint and (self.coordinate_weight > 0 or self.descriptor_weight > 0)
-        if self.network == "densenet121" and (heads or self.view_vox != 32):
+        if self.network == "densenet121" and (heads or self.view_vox != _PATCH_VOX):
             raise ConfigError("densenet121 takes single 32³ patches and has neither a coordinate nor a descriptor head")
         if self.charts_after:
             self._check_charts(positions=self.method == "coordinate" or (joint and self.coordinate_weight > 0))
@@ -196,6 +197,7 @@ class PretrainConfig:
             raise ConfigError(f"expected charts_after below epochs ({self.epochs}), found {self.charts_after}")
 
 
+_PATCH_VOX = 32  # of every network
 TWO_VIEW_METHODS = ("barlowtwins", "simclr", "regisimed")
 _POSITIVE = ("spacing_mm", "unit_mm", "learning_rate", "descriptor_temperature", "simclr_temperature", "decay")
 _AT_LEAST_ONE = (
@@ -268,9 +270,31 @@ def pretrain_config(
         values = _merged(values, by_method.get(method, {}))
     values = _merged(values, asked)
     try:
-        return from_mapping(PretrainConfig, values)
+        return _as_drawn(from_mapping(PretrainConfig, values), asked)
     except ConfigError as error:
         raise _placed(error, file, from_file, passed) from None
+
+
+def _as_drawn(config: PretrainConfig, asked: Mapping[str, Any]) -> PretrainConfig:
+    """Where a view is one patch, as many crops as the patches that are asked for, and no patch of the crops left out.
+
+    `ConfigError` where both numbers are asked for and differ.
+    """
+    if config.view_vox != _PATCH_VOX or not asked.keys() & {"crops_per_scan", "patches_per_scan"}:
+        return config
+    views = 1 if config.method in TWO_VIEW_METHODS else config.views_per_crop  # of a crop, each a patch by itself
+    crops, most = config.crops_per_scan, config.patches_per_scan
+    if "patches_per_scan" not in asked:
+        return dataclasses.replace(config, patches_per_scan=max(most, crops * views))
+    if most % views:
+        raise ConfigError(f"expected patches_per_scan as a multiple of the {views} views of a crop, found {most}")
+    if "crops_per_scan" in asked and crops * views != most:
+        raise ConfigError(
+            "a view of 32 voxels is one patch: expected as many patches as are drawn, found "
+            f"patches_per_scan {most} and crops_per_scan {crops} ({crops * views} patches)",
+            next_step="leave out crops_per_scan or patches_per_scan: one follows from the other",
+        )
+    return dataclasses.replace(config, crops_per_scan=most // views)
 
 
 def _placed(

@@ -117,6 +117,36 @@ def test_a_method_is_laid_over_its_preset_and_under_everything_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("most", [8, 32])
+def test_where_a_view_is_one_patch_as_many_are_drawn_as_are_asked_for(tmp_path: Path, method: str, most: int) -> None:
+    asked = pretrain_config("paper", None, {"method": method, "patches_per_scan": most})
+    assert (asked.crops_per_scan, asked.patches_per_scan) == (most, most)
+    assert pretrain_config("paper", toml(tmp_path, f"patches_per_scan = {most}"), {"method": method}) == asked
+    drawn = pretrain_config("paper", toml(tmp_path, f"crops_per_scan = {most}"), {"method": method})
+    assert (drawn.crops_per_scan, drawn.patches_per_scan) == (most, max(most, 16))  # none of them is left out
+
+
+def test_both_views_of_a_single_patch_are_patches_where_they_are_not_paired(tmp_path: Path) -> None:
+    file = toml(tmp_path, "views_per_crop = 2\n")
+    assert pretrain_config("paper", file, {"patches_per_scan": 32}).crops_per_scan == 16
+    with pytest.raises(ConfigError, match="patches_per_scan as a multiple of the 2 views of a crop, found 31"):
+        pretrain_config("paper", file, {"patches_per_scan": 31})
+
+
+def test_more_or_fewer_patches_than_are_drawn_are_refused_where_a_view_is_one(tmp_path: Path) -> None:
+    file = toml(tmp_path, "crops_per_scan = 16\n")
+    for most in (8, 32):
+        with pytest.raises(ConfigError, match=rf"mine\.toml: .*patches_per_scan {most}.*crops_per_scan 16") as refused:
+            pretrain_config("paper", file, {"patches_per_scan": most})
+        assert refused.value.next_step == "leave out crops_per_scan or patches_per_scan: one follows from the other"
+    assert pretrain_config("paper", file, {"patches_per_scan": 16}).crops_per_scan == 16
+
+
+def test_of_wide_views_patches_are_chosen_and_no_more_crops_drawn() -> None:
+    assert pretrain_config("default", None, {"patches_per_scan": 32}).crops_per_scan == 2
+
+
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("preset", get_args(Preset))
 def test_every_preset_resolves_for_every_method(preset: str, method: str) -> None:
     assert pretrain_config(preset, None, {"method": method}).method == method
