@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "isimed": {},
     "regisimed": {},
     "simclr": {},
+    "barlowtwins": {},
+    "coordinate": {},
     "all": {"pairs": "all", "coordinate_weight": 0.0, "descriptor_weight": 0.0},
     "charts": {"charts_after": 1, "pairs": "all"},
 }

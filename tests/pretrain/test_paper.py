@@ -175,7 +175,6 @@ def test_half_of_the_views_have_six_holes_and_half_six_windows(batches: dict[str
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore:the embeddings are collapsing")
 def test_an_epoch_of_the_preset_runs_on_shrunk_data(tmp_path: Path, method: str) -> None:
     """The real network, optimiser, views and objective; two steps of 2 scans × 2 patches in place of 64 × 16."""
     config = paper(method, epochs=1, batch_scans=2, crops_per_scan=2)

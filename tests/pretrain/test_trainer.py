@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from isimed_index.encoders.module import our_network
 from isimed_index.encoders.networks import build_network
 from isimed_index.encoders.runtime import load_encoder, write_encoder
 from isimed_index.errors import TrainingDiverged, TrainingWarning, UsageError
-from isimed_index.pretrain import checkpoint
+from isimed_index.pretrain import checkpoint, trainer
 from isimed_index.pretrain.checkpoint import Saved
 from isimed_index.pretrain.methods import Method
 from isimed_index.pretrain.stopping import asked_to_stop
@@ -348,13 +349,16 @@ class Recorded(torch.optim.AdamW):
 
     made: dict[str, Any]
     rates: list[float]
+    norms: list[float]  # of the whole gradient, at each step
 
     def __init__(self, parameters: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(parameters, *arguments, **options)
-        Recorded.made, Recorded.rates = dict(self.defaults), []
+        Recorded.made, Recorded.rates, Recorded.norms = dict(self.defaults), [], []
 
     def step(self, *arguments: Any, **options: Any) -> Any:
         Recorded.rates.append(self.param_groups[0]["lr"])
+        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]
+        Recorded.norms.append(float(torch.cat(gradients).norm()))
         return super().step(*arguments, **options)
 
 
@@ -382,6 +386,32 @@ def test_the_default_schedule_warms_up_and_falls(tmp_path: Path, monkeypatch: py
     assert rates[0] < rates[1] < rates[2] <= 1e-2
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 2e-3
+
+
+def test_gradients_are_clipped_where_a_norm_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, config(epochs=1, clip_norm=1e-3), monkeypatch)
+    assert Recorded.norms == pytest.approx([1e-3] * 3, rel=1e-2)
+    recorded(tmp_path, config(epochs=1, clip_norm=0.0), monkeypatch)
+    assert min(Recorded.norms) > 1e-2
+
+
+def test_checkpoints_are_minutes_apart_and_at_the_end_of_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 25 s by the clock here."""
+    now, saved = 0.0, []
+    real = Method.forward
+
+    def slow(method: Method, *arguments: Any) -> Any:
+        nonlocal now
+        now += 25
+        return real(method, *arguments)
+
+    monkeypatch.setattr(Method, "forward", slow)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoint, "save", lambda _, state: saved.append(state.notes["step"]))
+    run(tmp_path, config(epochs=1, steps_per_epoch=8, checkpoint_minutes=1.0))
+    assert saved == [3, 6, 8]
 
 
 def test_an_encoder_has_the_outputs_that_it_was_trained_for() -> None:
