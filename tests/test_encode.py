@@ -330,7 +330,40 @@ def test_an_unknown_scheduler_is_refused() -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("proceses:2", "processes:2"),
+        ("process", "processes"),
+        ("threads:2", "processes:2"),
+        ("Processes:3", "processes:3"),
+        ("thread", "threads"),
+    ],
+)
+def test_a_misspelt_scheduler_is_told_what_was_meant(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"found '{typed}'; did you mean {meant}\?") as refused:
+        cluster.check_scheduler(typed)
+    assert f"--scheduler {meant}" in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    "address", ["node0:8786", "tcp://node0:8786", "tls://processes:8786", "[::1]:8786", "inproc://x"]
+)
+def test_an_address_has_a_scheme_or_a_port(address: str) -> None:
+    cluster.check_scheduler(address)
+    with pytest.raises(UsageError, match="or an address, found 'node0:eight'"):
+        cluster.check_scheduler("node0:eight")
+
+
+def test_gpus_have_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="no CUDA device") as refused, workers("cuda"):
+        pass
+    assert "dask-cuda" not in refused.value.line()
+
+
 def test_gpus_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "dask_cuda", None)
     with pytest.raises(MissingExtra, match="dask-cuda") as missing, workers("cuda"):
         pass

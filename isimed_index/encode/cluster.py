@@ -5,6 +5,7 @@ All are `Workers`, which call a function of one argument and tell its future. Th
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import pickle
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _ANY_PORT = "127.0.0.1:0"  # of a page that nobody asked for; without one, Dask opens it at a port that may be taken
 _NO_DASHBOARD = {"dashboard": False}
 _CONNECT_S = 10.0  # how long a scheduler may take to answer
+_HERE = ("threads", "processes", "cuda")  # on this machine
+_ALIKE = 0.75  # similarity from which a word is one of these, misspelt
 _PROCESSES = 4  # at least, where there are cores for them; on large machines one for so many cores
 _A = TypeVar("_A")
 _R = TypeVar("_R")
@@ -183,7 +186,8 @@ class Cluster:
 def workers(scheduler: str = "threads") -> Iterator[Workers]:
     """The workers that `threads`, `processes`, `processes:N`, `cuda` or the address of a scheduler stands for.
 
-    `UsageError` when it is none of these or nobody answers there; `MissingExtra` for `cuda` without dask-cuda.
+    `UsageError` when it is none of these, nobody answers there, or `cuda` finds no GPU; `MissingExtra` for `cuda` without
+    dask-cuda.
     """
     check_scheduler(scheduler)
     kind, _, count = scheduler.partition(":")
@@ -225,11 +229,19 @@ def check_scheduler(scheduler: str) -> None:
     kind, colon, count = scheduler.partition(":")
     if kind == "processes" and colon:
         _how_many(count)
-    elif scheduler not in ("threads", "processes", "cuda") and not colon:
-        raise UsageError(
-            f"expected the scheduler threads, processes, processes:N, cuda or an address, found {scheduler!r}",
-            next_step="--scheduler tcp://host:8786",
-        )
+        return
+    close = difflib.get_close_matches(kind, _HERE, n=1, cutoff=_ALIKE)
+    is_address = "://" in scheduler or (colon and count.rpartition(":")[2].isdecimal() and not close)
+    if scheduler in _HERE or is_address:
+        return
+    meant = "tcp://host:8786"
+    if close:
+        meant = f"processes:{count}" if count.isdecimal() else close[0]
+    raise UsageError(
+        f"expected the scheduler threads, processes, processes:N, cuda or an address, found {scheduler!r}"
+        + (f"; did you mean {meant}?" if close else ""),
+        next_step=f"--scheduler {meant}" + (f", or tcp://{scheduler} for that host" if close and colon else ""),
+    )
 
 
 @contextmanager
@@ -296,6 +308,13 @@ def _processes(count: int, cores: int) -> Any:
 
 def _gpu_processes() -> Any:
     """One process for each GPU that CUDA_VISIBLE_DEVICES leaves visible."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "PyTorch finds no CUDA device on this machine, and the scheduler cuda needs one",
+            next_step="--scheduler threads or processes; isimed doctor says what is there",
+        )
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
