@@ -24,6 +24,7 @@
     └── RecallBelowTarget     (ValueError)         kind recall_below_target exit 14
 
     IsimedWarning (UserWarning)
+    ├── IsimedNote         nothing is wrong, and something is worth knowing
     ├── StoreWarning       the answer is right, but something in the store wants repair
     └── TrainingWarning    the run goes on, but what it learns may be of no use
 
@@ -189,6 +190,10 @@ class RecallBelowTarget(IsimedError, ValueError):
 
 class IsimedWarning(UserWarning):
     """Base of all warnings that this library gives on purpose; the command line shows these and no others."""
+
+
+class IsimedNote(IsimedWarning):
+    """Nothing is wrong, and something is worth knowing; the command line shows it as a remark, not with --quiet."""
 
 
 class StoreWarning(IsimedWarning):

@@ -8,8 +8,11 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the state of one long job at a time."""
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        """A task begins: its name, how many units it will take (None when unknown) and what a unit is."""
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
+        """A task begins: its name, how many units it has (None when unknown) and what a unit is.
+
+        `done` of them were done before, by a run that this one goes on with.
+        """
         ...
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -27,7 +30,7 @@ class Progress(Protocol):
 class Silent:
     """A `Progress` that shows nothing."""
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
         """Show nothing."""
 
     def advance(self, n: int = 1, note: str = "") -> None:

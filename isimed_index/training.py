@@ -21,7 +21,7 @@ from filelock import Timeout
 from isimed_index.config import PretrainConfig, naming_fields
 from isimed_index.encoders.card import LONGEST_NAME, EncoderCard, is_name, read_card
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import StoreDamaged, StoreLocked, TrainingWarning, UsageError
+from isimed_index.errors import IsimedNote, StoreDamaged, StoreLocked, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint
 from isimed_index.pretrain.processes import Processes, joined
 from isimed_index.pretrain.reading import StoredSource, working_voxels
@@ -85,7 +85,7 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
             done = _finished(head, run) if training.resume and processes.first else None
             if done := processes.from_first(done):
                 if processes.first:
-                    warnings.warn(f"finished already: {done.id} · {done.name}", TrainingWarning, stacklevel=3)
+                    warnings.warn(f"finished already: {done.id} · {done.name}", IsimedNote, stacklevel=3)
                 return done
             intensity = intensity_of(config)
             trained = train(
@@ -167,9 +167,27 @@ def _stored_by_first(repository: Repository, trained: Trained, run: Path, proces
         shutil.rmtree(run)
         if card.name != trained.card.name:
             warnings.warn(f"there already: {card.id} · {card.name}", TrainingWarning, stacklevel=4)
+        _tell_of_namesakes(repository, card)
     card = processes.from_first(card)
     assert card is not None
     return card
+
+
+def _tell_of_namesakes(repository: Repository, card: EncoderCard) -> None:
+    """Say that a name stands for another encoder from now on: names are labels, and the newest is taken."""
+    others: list[str] = []
+    with repository.pin() as head:
+        for kept in head.artefacts("encoder"):
+            with suppress(StoreDamaged):  # of others, which are not asked for
+                other = head.card(kept)
+                others += [str(other["id"])] if other["name"] == card.name and other["id"] != card.id else []
+    if others:
+        warnings.warn(
+            f"the name {card.name!r} is now that of {len(others) + 1} encoders, and stands for the newest, {card.id}; "
+            f"the one before it is {others[-1]}: ask for it by this id, or give each training a --name",
+            IsimedNote,
+            stacklevel=5,
+        )
 
 
 def _commit(repository: Repository, trained: Trained, run: str) -> EncoderCard:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cohorts import tiny_scan
+from cohorts import add_random_encoder, tiny_scan
 from safetensors import SafetensorError, safe_open
 
 import isimed_index as isi
@@ -25,7 +25,7 @@ from isimed_index import training
 from isimed_index.config import PretrainConfig, pretrain_config
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.runtime import write_encoder
-from isimed_index.errors import StoreLocked, TrainingWarning, UsageError
+from isimed_index.errors import IsimedNote, StoreLocked, TrainingWarning, UsageError
 from isimed_index.progress import Silent
 from isimed_index.training import run_name
 
@@ -51,15 +51,15 @@ class Notes(Silent):
 
     left = -1
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        self.left = total or 0
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
+        self.left = (total or 0) - done
 
 
 class Killed(Notes):
     """Does not let a training take a step."""
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        super().start(task, total, unit)
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
+        super().start(task, total, unit, done)
         raise KeyboardInterrupt
 
 
@@ -69,8 +69,8 @@ class Interrupted(Notes):
     def __init__(self, steps: int = 0) -> None:
         self.steps = steps
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        super().start(task, total, unit)
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
+        super().start(task, total, unit, done)
         if not self.steps:
             raise KeyboardInterrupt
 
@@ -243,7 +243,7 @@ def test_a_training_that_is_finished_is_not_done_again_when_it_is_resumed(tmp_pa
     store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=1)
     done = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="first")
     notes = Notes()
-    with pytest.warns(TrainingWarning, match=f"finished already: {done.id} · first"):
+    with pytest.warns(IsimedNote, match=f"finished already: {done.id} · first"):
         again = isi.open(store).pretrain(
             preset="tiny", config=config, device="cpu", name="second", resume=True, progress=notes
         )
@@ -258,7 +258,7 @@ def test_a_training_that_is_finished_is_not_done_again_when_it_is_resumed(tmp_pa
         pretrain(store, config, resume=True)
 
 
-@pytest.mark.filterwarnings("default::isimed_index.errors.TrainingWarning")  # printed, and not raised
+@pytest.mark.filterwarnings("always::isimed_index.errors.IsimedWarning")  # printed, and not raised
 def test_the_same_result_keeps_the_name_that_it_has(
     tmp_path: Path, scans: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,11 +268,31 @@ def test_the_same_result_keeps_the_name_that_it_has(
         again = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="second")
     assert (again.id, again.name) == (done.id, "first")
     assert isi.open(store).encoders()["name"].to_pylist() == ["first"]
-    asked = ["pretrain", "-s", str(store), "--preset", "tiny", "--config", str(config), "--device", "cpu", "-q"]
+    asked = ["pretrain", "-s", str(store), "--preset", "tiny", "--config", str(config), "--device", "cpu"]
     assert main([*asked, "--resume", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"encoder": done.id, "name": "first"}
-    assert f"finished already: {done.id} · first" in said.err
+    assert said.err == f"finished already: {done.id} · first\n"  # a remark, and no warning
+    assert main([*asked, "--resume", "--json", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_encoder_of_a_name_is_told_of_with_both_ids(tmp_path: Path, scans: Path) -> None:
+    store, config = shutil.copytree(scans, tmp_path / "store"), options(tmp_path, 5.0, epochs=1)
+    first = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="mine")
+    with pytest.warns(IsimedNote, match=f"'mine' is now that of 2 encoders.*; the one before it is {first.id}") as told:
+        second = isi.open(store).pretrain(preset="tiny", config=config, device="cpu", name="mine", seed=1)
+    assert f"stands for the newest, {second.id};" in str(told[0].message)
+    assert isi.open(store).encoder("mine").id == second.id
+
+
+def test_a_condition_that_keeps_no_scan_is_no_usage_error(
+    tmp_path: Path, scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("index", "pretrain"):
+        add_random_encoder(store := shutil.copytree(scans, tmp_path / command))
+        assert main([command, "-s", str(store), "--where", "false", "--no-progress"]) == 1
+        assert capsys.readouterr().err.startswith("error[not_found]: there is no scan to ")
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 201, 3])

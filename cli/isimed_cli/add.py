@@ -10,6 +10,8 @@ import typer
 from isimed_cli.app import Session, command
 from isimed_cli.options import AddReportOption
 
+_NAMED = 8  # labels without a name that are told
+
 
 @command("add", example="isimed add images --metadata images/participants.tsv --workers 2", rows=True)
 def add(
@@ -118,8 +120,10 @@ def add(
     for note in done.notes:
         session.note(note)
     if done.unnamed:
+        step = f"add them to {label_names.name}" if label_names else "give --label-names FILE"
+        some = ", ".join(map(str, done.unnamed[:_NAMED])) + (", …" if len(done.unnamed) > _NAMED else "")
         session.note(
-            f"{len(done.unnamed)} labels have no name and go by their numbers. Next: give --label-names FILE; "
+            f"{len(done.unnamed)} labels have no name and go by their numbers ({some}). Next: {step}; "
             "a stored scan keeps its labels as they are, so add it to a new store"
         )
     if done.dropped:

@@ -336,10 +336,14 @@ def _fail(session: Session, line: str, exit_code: int) -> None:
 @contextmanager
 def _messages(session: Session) -> Iterator[None]:
     """Warnings as one line on stderr, and the library's log with --verbose."""
+    from isimed_index.errors import IsimedNote
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if session.verbose or category.__module__.startswith("isimed_"):  # also with --quiet
-            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        text = " ".join(str(message).split())
+        if issubclass(category, IsimedNote):
+            session.note(text)
+        elif session.verbose or category.__module__.startswith("isimed_"):  # also with --quiet
+            print(f"warning: {text}", file=sys.stderr)
 
     logger = logging.getLogger("isimed_index")
     handler = logging.StreamHandler(sys.stderr)

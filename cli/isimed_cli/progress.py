@@ -59,17 +59,19 @@ class Bars:
         )
         self._open: list[TaskID] = []
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
         """Show a new bar below the open ones."""
         self._bars.start()
-        self._open.append(self._bars.add_task(task, total=total, unit=unit, note="", rate=""))
+        bar = self._bars.add_task(task, total=total, completed=done, unit=unit, before=done, note="", rate="")
+        self._open.append(bar)
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Move the newest bar; an empty note leaves the last one standing."""
         task = self._open[-1]
         self._bars.update(task, advance=n)
         shown = self._bars.tasks[self._bars.task_ids.index(task)]
-        rate = rate_of(shown.completed, shown.elapsed or 0.0, shown.fields["unit"], shown.total)
+        now_done = shown.completed - shown.fields["before"]
+        rate = rate_of(now_done, shown.elapsed or 0.0, shown.fields["unit"], shown.total)
         self._bars.update(task, note=note or shown.fields["note"], rate=rate)
 
     def finish(self) -> None:
@@ -91,9 +93,9 @@ class Lines:
         self._open: list[_Task] = []
         self._last = 0.0
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
         """Remember the task; its first line comes with its first news."""
-        self._open.append(_Task(task, total, unit))
+        self._open.append(_Task(task, total, unit, done))
         self._last = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -105,28 +107,33 @@ class Lines:
             self._print(task)
 
     def finish(self) -> None:
-        """Print where the task ended."""
-        self._print(self._open.pop())
+        """Print where the task ended, unless the last line says so."""
+        task = self._open.pop()
+        if task.told != (task.done, task.note):
+            self._print(task)
 
     def _print(self, task: _Task) -> None:
         self._last = time.monotonic()
+        task.told = task.done, task.note
         print(task.line(self._last), file=self._stream, flush=True)
 
 
 class _Task:
     """The state of one task of `Lines`."""
 
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
+    def __init__(self, name: str, total: int | None, unit: str, done: int) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done, self.note, self.began = 0, "", time.monotonic()
+        self.before, self.done, self.note, self.began = done, done, "", time.monotonic()
+        self.told: tuple[int, str] | None = None  # count and note of the last line
 
     def line(self, now: float) -> str:
         """Such as `add: 12/60 scans · 48 s · 0.25 scans/s · ETA 192 s · 41 MB/s`."""
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
         took = now - self.began
-        left = None if self.total is None or not self.done else took / self.done * (self.total - self.done)
+        now_done = self.done - self.before
+        left = None if self.total is None or not now_done else took / now_done * (self.total - self.done)
         eta = f"{_ETA} {left:.0f} s" if left and took >= 1 and _ETA not in self.note else ""
-        rate = rate_of(self.done, took, self.unit, self.total)
+        rate = rate_of(now_done, took, self.unit, self.total)
         parts = [f"{self.name}: {count} {self.unit}", f"{took:.0f} s", rate, eta, self.note]
         return " · ".join(part for part in parts if part)
 

@@ -186,7 +186,7 @@ class Cluster:
 def workers(scheduler: str = "threads") -> Iterator[Workers]:
     """The workers that `threads`, `processes`, `processes:N`, `cuda` or the address of a scheduler stands for.
 
-    `UsageError` when it is none of these, nobody answers there, or `cuda` finds no GPU; `MissingExtra` for `cuda` without
+    `UsageError` when it is none of these, nobody answers there, or there is no GPU; `MissingExtra` for `cuda` without
     dask-cuda.
     """
     check_scheduler(scheduler)

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from isimed_index.errors import UsageError
+from isimed_index.errors import NotFound
 from isimed_index.grid import Box
 from isimed_index.pretrain.views import Window
 from isimed_index.scans.prepare import Volume
@@ -73,7 +73,7 @@ class Cohort:
 
     def __init__(self, sources: Sequence[Source], budget_bytes: int, frames: Sequence[Affine] | None = None) -> None:
         if not sources:
-            raise UsageError("there is no scan to train on", next_step="isimed add PATH, or widen --where")
+            raise NotFound("there is no scan to train on", next_step="isimed add PATH, or widen --where")
         assert frames is None or len(frames) == len(sources)
         self._sources = sources
         self._frames = frames

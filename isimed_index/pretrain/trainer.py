@@ -220,7 +220,7 @@ class _Loop:
         total = self.per_epoch * config.epochs
         steps = range(state.step, total if not self._given_up() else state.step)
         share = (self.processes.rank, self.processes.world)
-        progress.start("pretrain", len(steps), "steps")
+        progress.start("pretrain", steps.stop, "steps", state.step)
         drawn = batches(cohort, config, steps, share=share)
         with asked_to_stop(patient=self.processes.world > 1) as asked, closing(drawn):
             began, first = time.monotonic(), state.step

@@ -297,5 +297,8 @@ class Snapshot:
 def _not_found(what: str, asked: str, known: list[str], listing: str) -> NotFound:
     begun = [name for name in known if asked and name.lower().startswith(asked.lower())]
     close = begun[:3] or difflib.get_close_matches(asked, known, n=3)
+    if asked and not close:  # of longer names the beginnings
+        heads = {name[: len(asked)].lower(): name for name in reversed(known)}
+        close = [heads[head] for head in difflib.get_close_matches(asked.lower(), heads, n=3)]
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     return NotFound(f"no {what} {asked!r} in the store{hint}", next_step=listing)

@@ -443,12 +443,16 @@ class TestBatches:
         store.answers["add"] = SimpleNamespace(**asdict(AddReport()) | {"refused": [REFUSAL]})
         assert main(["add", "images"]) == 1
 
-    def test_labels_without_a_name_are_noted(self, store: FakeStore, capsys: Any):
+    def test_labels_without_a_name_are_noted(self, store: FakeStore, capsys: Any, tmp_path: Path):
+        (names := tmp_path / "names.csv").write_text("label,name\n1,brain\n")
         store.answers["add"].unnamed = [3, 87]
         assert main(["add", "images"]) == 0
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("2 labels have no name")
+        assert "(3, 87)" in line
         assert "--label-names FILE" in line
+        assert main(["add", "images", "--label-names", str(names)]) == 0
+        assert "Next: add them to names.csv;" in capsys.readouterr().err
         assert main(["add", "images", "--quiet"]) == 0
         assert capsys.readouterr().err == ""
 

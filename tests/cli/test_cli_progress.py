@@ -54,6 +54,38 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch):
     ]
 
 
+def test_a_task_that_is_gone_on_with_counts_all_and_reckons_by_what_is_new(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("pretrain", 10, "steps", 3)
+    clock[0] += 10
+    lines.advance(2)
+    assert stream.getvalue() == "pretrain: 5/10 steps · 10 s · 0.2 steps/s · ETA 25 s\n"
+
+
+def test_a_bar_that_is_gone_on_with_counts_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with progress_on(stream, shown=True) as progress:
+        progress.start("pretrain", 10, "steps", 3)
+        progress.advance(2)
+    assert "5/10" in stream.getvalue()
+
+
+def test_the_last_line_is_printed_once(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.start("add", 2, "scans")
+    clock[0] += 11
+    lines.advance(2)
+    lines.finish()
+    assert stream.getvalue() == "add: 2/2 scans · 11 s · 0.182 scans/s\n"
+
+
 def test_a_single_thing_has_no_rate(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
     monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])

@@ -175,7 +175,7 @@ def test_a_scan_without_the_transform_is_refused_by_name(store: Path, stored: Pa
 
 def test_a_training_is_resumed_with_the_transforms_that_it_began_with(store: Path) -> None:
     first = pretrain(store, REGISTERED)
-    with pytest.warns(isi.errors.TrainingWarning, match="finished already"):
+    with pytest.warns(isi.errors.IsimedNote, match="finished already"):
         assert pretrain(store, REGISTERED, resume=True).id == first.id
     place(store, "sub-02_T1w", rigid(shift=(1, 0, 0)) @ COMMON @ inverse(COPIES[1].motion))
     with pytest.raises(UsageError, match="no checkpoint"):

@@ -73,8 +73,8 @@ class Notes(Silent):
     def __init__(self) -> None:
         self.said: list[Any] = []
 
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        self.said.append((task, total, unit))
+    def start(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
+        self.said.append((task, total, unit, done))
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.said.append(n)
@@ -119,7 +119,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert same(whole, resumed)
     assert entries(whole) == entries(resumed)
     assert len(entries(whole)) == 3
-    assert notes.said == [("pretrain", 9 - first, "steps"), *[1] * (9 - first), "finished"]
+    assert notes.said == [("pretrain", 9, "steps", first), *[1] * (9 - first), "finished"]
 
 
 def test_a_run_may_be_stopped_in_every_step(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_fresh_run_forgets_the_checkpoint_before_it(tmp_path: Path) -> None:
     notes = Notes()
     with pytest.warns(TrainingWarning, match="from the beginning"):
         run(tmp_path, config(epochs=1), resume=True, progress=notes)
-    assert notes.said[0] == ("pretrain", 3, "steps")
+    assert notes.said[0] == ("pretrain", 3, "steps", 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -188,7 +188,7 @@ def test_a_signal_ends_the_step_and_saves_it(tmp_path: Path, number: signal.Sign
     assert signal.getsignal(number) is before
     notes = Notes()
     assert same(whole, run(tmp_path / "broken", setup, resume=True, progress=notes))
-    assert notes.said[0] == ("pretrain", 4, "steps")
+    assert notes.said[0] == ("pretrain", 9, "steps", 5)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_the_best_epoch_by_validation_is_stored_and_patience_ends_the_run(
     notes = Notes()
     trained = run(tmp_path / "early", setup, progress=notes)
     assert [(entry["epoch"], entry["best_epoch"]) for entry in entries(trained)] == [(1, 1), (2, 2), (3, 2), (4, 2)]
-    assert notes.said == [("pretrain", 12, "steps"), *[1] * 8, "finished"]
+    assert notes.said == [("pretrain", 12, "steps", 0), *[1] * 8, "finished"]
     assert same(trained, run(tmp_path / "short", replace(setup, epochs=2)))
     assert same(trained, run(tmp_path / "early", setup, resume=True))  # a run that gave up does not go on
     assert len(entries(trained)) == 4
@@ -341,7 +341,7 @@ def test_figures_that_do_not_exist_are_null(tmp_path: Path) -> None:
 def test_an_epoch_shows_every_scan_unless_told_otherwise(tmp_path: Path) -> None:
     notes = Notes()
     run(tmp_path, config(epochs=1, steps_per_epoch=0), progress=notes)
-    assert notes.said[0] == ("pretrain", 2, "steps")  # three scans, two at a time
+    assert notes.said[0] == ("pretrain", 2, "steps", 0)  # three scans, two at a time
 
 
 class Recorded(torch.optim.AdamW):

@@ -52,6 +52,8 @@ def test_an_unknown_scan_names_what_is_close(snapshot: Snapshot) -> None:
     for beginning in ("sub-02", "SUB-02", "s"):
         with pytest.raises(NotFound, match=r"did you mean .*'sub-02_ct'"):
             snapshot.scan_row(beginning)
+    with pytest.raises(NotFound, match="did you mean 'sub-02_ct'"):
+        snapshot.scan_row("sub-99")
     with pytest.raises(NotFound, match=r"^no scan 'zzz' in the store$"):
         snapshot.scan_row("zzz")
 
