@@ -308,13 +308,15 @@ def _processes(count: int, cores: int) -> Any:
 
 def _gpu_processes() -> Any:
     """One process for each GPU that CUDA_VISIBLE_DEVICES leaves visible."""
-    import torch
+    from isimed_index.encoders.runtime import choose_device
 
-    if not torch.cuda.is_available():
+    try:
+        choose_device("cuda")
+    except UsageError as error:
         raise UsageError(
-            "PyTorch finds no CUDA device on this machine, and the scheduler cuda needs one",
+            f"{error}, and the scheduler cuda needs one",
             next_step="--scheduler threads or processes; isimed doctor says what is there",
-        )
+        ) from None
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
