@@ -334,6 +334,7 @@ class Store:
         runtime: str = "auto",
         precision: str = "fp32",
         max_latency_ms: float | None = None,
+        refit: bool = False,
     ) -> IndexReport:
         """Encode every patch of the scans that `where` keeps, fit the canonical frame and build the index.
 
@@ -344,7 +345,8 @@ class Store:
         scans that are encoded in the other one are encoded again. Ctrl-C, once it is known what is to be done, is
         raised as a `KeyboardInterrupt` that has the `report` of what is committed; so has any other error.
         The index is the quickest of those tried that reaches `min_recall` (recall@10) within `max_ram` bytes of memory
-        and `max_latency_ms` a query.
+        and `max_latency_ms` a query. With `refit` the canonical frame is fitted anew, which else happens when more than
+        a quarter of the scans are new to it; canonical coordinates from before are then others.
         """
         from isimed_index.encoders.runtimes.kind import Runtime
         from isimed_index.indexing import index_scans
@@ -355,7 +357,7 @@ class Store:
         self.refresh()
         named = self._stored_encoder(encoder)
         options = IndexOptions(
-            named, stride_mm, scheduler, device, min_recall, max_ram, self._trust, asked, max_latency_ms
+            named, stride_mm, scheduler, device, min_recall, max_ram, self._trust, asked, max_latency_ms, refit
         )
         try:
             return index_scans(repository, self._scan_ids(where), options, progress or Silent())

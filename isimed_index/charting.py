@@ -50,17 +50,22 @@ NAMED = 5  # scans without a chart that are told by name
 _SAMPLE = 200  # vectors of each founder that the standard is estimated from
 
 
-def commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
+def commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress, *, refit: bool = False) -> None:
     """Bring an encoder's frame up to date: fitted anew when many scans are new to it, extended when few are.
 
     Every group of charts is committed. When another process commits a frame meanwhile, its charts are kept: this one
-    goes on from there.
+    goes on from there. With `refit` the frame is fitted anew whatever it holds.
     """
-    extending = False
+    begun, extending = not refit, False
     while True:
         with transaction.repository.pin() as snapshot:
-            work = _Work.of(snapshot, card)
-            if not work.missing_from(work.stored):
+            work = _Work.of(snapshot, card, refit=refit)
+            if not begun:
+                work = replace(work, grown=None)
+            elif refit and work.grown is None:  # the new frame has taken the place of the one before it
+                refit = False
+                continue
+            elif not refit and not work.missing_from(work.stored):
                 break
             if work.grown is not None and not extending:
                 progress.start("frame", len(work.missing_from(work.grown)), "charts")
@@ -71,7 +76,8 @@ def commit_frame(transaction: Transaction, card: EncoderCard, progress: Progress
             directory = transaction.stage("frame")
             _write(directory, frame, answers, snapshot.voxels_of)
             artefact = transaction.add("frame", directory, encoder=card.id)
-            commit_derived(transaction, artefact, {"frame": snapshot.newest("frame", card.id)})
+            done = commit_derived(transaction, artefact, {"frame": snapshot.newest("frame", card.id)})
+            begun = begun or done
     if extending:
         progress.finish()
 
@@ -87,23 +93,30 @@ class _Work:
     template_mm: float  # the spacing that a template made now would have, or what is fine enough if that is less
 
     @classmethod
-    def of(cls, snapshot: Snapshot, card: EncoderCard) -> _Work:
-        """What there is to do in a generation."""
+    def of(cls, snapshot: Snapshot, card: EncoderCard, *, refit: bool = False) -> _Work:
+        """What there is to do in a generation; with `refit` the stored frame is not extended, but replaced."""
         segments = dict(sorted(snapshot.segments_by_scan(card.id).items()))
         stored = _stored_frame(snapshot, card)
         living = {scan: segment.rows for scan, segment in segments.items() if segment.rows}
         template_mm = _spacing_mm(segments[median_scan(living)].lattice()["affine"]) if living else 0.0
         work = cls(card, segments, stored, None, max(template_mm, MATCHED_MM))
-        for frame in (stored, _successor(snapshot, card)):
+        for frame in (None if refit else stored, _successor(snapshot, card)):
             if frame is not None and len(work.missing_from(frame)) - frame.awaited <= REFIT_SHARE * len(segments):
                 return replace(work, grown=frame)
         return work
 
     def missing_from(self, frame: Frame | None) -> list[str]:
-        """Scans that have no chart in a frame: all, if it was made when they were encoded at a coarser stride."""
+        """Scans that have no chart in a frame, or one of a coarser lattice; all, if its template is coarser."""
         if frame is None or _spacing_mm(frame.template.affine) > _COARSER * self.template_mm:
             return list(self.segments)
-        return [scan for scan in self.segments if scan not in frame.charts]
+        return [scan for scan in self.segments if scan not in frame.charts or self._is_coarse(scan, frame.charts[scan])]
+
+    def _is_coarse(self, scan: str, chart: Chart) -> bool:
+        """Whether a chart was fitted to a coarser lattice than the scan has now."""
+        # Only of coarse charts is the lattice read, which means to check the segment's hash.
+        if chart.stride_mm is None or chart.stride_mm <= _COARSER * MATCHED_MM:
+            return False
+        return chart.stride_mm > _COARSER * max(_spacing_mm(self.segments[scan].lattice()["affine"]), MATCHED_MM)
 
     def next_frame(self, progress: Progress) -> Frame:
         """The frame with some more charts."""
@@ -117,11 +130,15 @@ class _Work:
             first = read_lattice(founders[median], self.card.match_output, standard, WINDOW_MM)
             lattices = _StoredLattices(founders, self.card.match_output, standard)
             frame = fit_frame(self.card.id, standard, lattices, first=first, progress=progress)
+            fitted = founders
         else:
             missing = self.missing_from(self.grown)
-            group = {scan: self.segments[scan] for scan in missing[: max(_GROUP, len(missing) // _GROUPS)]}
-            lattices = _StoredLattices(group, self.card.match_output, self.grown.standard)
+            fitted = {scan: self.segments[scan] for scan in missing[: max(_GROUP, len(missing) // _GROUPS)]}
+            lattices = _StoredLattices(fitted, self.card.match_output, self.grown.standard)
             frame = extend_frame(self.grown, lattices, progress)
+        strides = {scan: _spacing_mm(segment.lattice()["affine"]) for scan, segment in fitted.items()}
+        charts = {scan: replace(frame.charts[scan], stride_mm=stride) for scan, stride in strides.items()}
+        frame = replace(frame, charts={**frame.charts, **charts})
         return replace(frame, awaited=len(self.missing_from(frame)))
 
 

@@ -32,6 +32,7 @@ MATCHED_MM = 8.0  # about the spacing of the points that are matched: closer one
 WINDOW_MM = 4.0  # about the spacing of a template: windows around where a chart points are as wide as five of it
 ROUNDS = 2  # how often all scans are matched to the template
 _ROUNDS_WINDOW, _ROUNDS_FINE = 2, 6  # in windows around where the chart points
+LEAST_POINTS = 12  # three times as many as any affine goes through exactly, with a residual of 0.0 mm
 HOLDS_ABOVE = 0.3  # agreement from which a chart is believed (measured: decision 0004)
 
 
@@ -41,13 +42,14 @@ class Chart:
 
     `residual_mm` is the median distance between the chart and single matches, `matches` how many patches agree with it
     when they are matched around where it points, and `agreement` the share of patches that agree with it when they are
-    matched freely.
+    matched freely. `stride_mm` is the widest step of the stored lattice; None: it is not known.
     """
 
     affine: Affine
     residual_mm: float
     matches: int
     agreement: float
+    stride_mm: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -119,14 +121,15 @@ def _fit_charts(
     with closing(in_order(lambda scan: fit_chart(lattices[scan], template, starts[scan]), starts)) as found:
         for scan, chart in zip(starts, found, strict=True):
             charts[scan] = chart
-            progress.advance(1, f"residual {chart.residual_mm:.1f} mm")
+            fitted = np.isfinite(chart.residual_mm)
+            progress.advance(1, f"residual {chart.residual_mm:.1f} mm" if fitted else "no chart could be fitted")
     return charts
 
 
 def fit_chart(lattice: Lattice, template: Lattice, start: Affine | None = None) -> Chart:
-    """The chart of one scan: its lattice matched to the template, robustly."""
+    """The chart of one scan: its lattice matched to the template, robustly; one that does not hold for few points."""
     unsupported = Chart(np.eye(4), float("inf"), 0, 0.0)
-    if not lattice.mask.any() or not template.mask.any():
+    if min(lattice.mask.sum(), template.mask.sum()) < LEAST_POINTS:
         return unsupported
     source, target, whole = thinned(lattice, MATCHED_MM), thinned(template, WINDOW_MM), thinned(template, MATCHED_MM)
     # In narrower windows an affine moves by smaller steps.
@@ -141,7 +144,7 @@ def _centred(charts: Mapping[str, Chart]) -> dict[str, Chart]:
     """The same charts in a frame in which their mean is the identity."""
     believed = [chart.affine for chart in charts.values() if chart.holds] or [c.affine for c in charts.values()]
     back = inverse(np.mean(believed, axis=0))
-    return {s: Chart(back @ c.affine, c.residual_mm, c.matches, c.agreement) for s, c in charts.items()}
+    return {scan: replace(chart, affine=back @ chart.affine) for scan, chart in charts.items()}
 
 
 def _mean_template(lattices: Mapping[str, Lattice], charts: Mapping[str, Chart], step_mm: float) -> Lattice:
@@ -206,6 +209,7 @@ def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None 
     rows["voxels"] = [(voxels or {}).get(scan) for scan in frame.charts]
     rows["residual_mm"] = [chart.residual_mm for chart in frame.charts.values()]
     rows["matches"] = [chart.matches for chart in frame.charts.values()]
+    rows["stride_mm"] = [chart.stride_mm for chart in frame.charts.values()]
     rows["agreement"] = [chart.agreement for chart in frame.charts.values()]
     pq.write_table(conform("charts", pa.table(rows)), directory / CHARTS)
     with numbered(directory):
@@ -243,7 +247,8 @@ def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Fram
             affine[:3] = [[row[f"a{r}{c}"] for c in range(4)] for r in range(3)]
             if voxels is not None and row.get("voxels") not in (None, voxels.get(row["scan"])):
                 continue
-            charts[row["scan"]] = Chart(affine, row["residual_mm"], row["matches"], row["agreement"])
+            known = row["residual_mm"], row["matches"], row["agreement"], row.get("stride_mm")
+            charts[row["scan"]] = Chart(affine, *known)
         return Frame(content["encoder"], standard, template, charts, int(content.get("awaited", 0)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error

@@ -171,7 +171,7 @@ def _index(
             "every patch of the encoded scans was deleted, so there is nothing to index",
             next_step="isimed restore a generation that has them, or isimed index --stride MM to encode anew",
         )
-    _commit_frame_and_regions(transaction, card, progress)
+    _commit_frame_and_regions(transaction, card, progress, refit=options.refit)
     built = _commit_index(transaction, card, Goal(options.min_recall, options.max_ram, options.max_latency_ms))
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
 
@@ -299,11 +299,14 @@ def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence
     return sum(int(artefact.fields["rows"]) for artefact in staged)
 
 
-def _commit_frame_and_regions(transaction: Transaction, card: EncoderCard, progress: Progress) -> None:
+def _commit_frame_and_regions(
+    transaction: Transaction, card: EncoderCard, progress: Progress, *, refit: bool = False
+) -> None:
     """A frame, and regions that are measured by it: both again when another process takes one of them away."""
     done = False
     while not done:
-        commit_frame(transaction, card, progress)
+        commit_frame(transaction, card, progress, refit=refit)
+        refit = False
         done = commit_regions(transaction, card, progress)
 
 

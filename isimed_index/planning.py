@@ -59,6 +59,7 @@ class IndexOptions:
     trust: tuple[str, ...] = ()  # code outside of this library that the encoder may run
     runtime: Runtime = NATIVE  # `auto` means the one that a trial finds
     max_latency_ms: float | None = None  # of a single query without filter
+    refit: bool = False  # the canonical frame, whatever charts it has
 
     def __post_init__(self) -> None:
         check_scheduler(self.scheduler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from isimed_index import charting
 from isimed_index.api import Store
 from isimed_index.encoders.card import read_card
 from isimed_index.errors import NotFound, StoreWarning
-from isimed_index.frame import Chart, Frame, read_frame
+from isimed_index.frame import LEAST_POINTS, Chart, Frame, fit_chart, read_frame, write_frame
 from isimed_index.progress import Silent
 from isimed_index.store.files import NEXT_FRAME
 
@@ -61,6 +62,23 @@ def without_frame(store: Store) -> Store:
     derived = [made.path for kind in ("frame", "index", "region") for made in store.snapshot.artefacts(kind)]
     with Repository.open(store.path).transaction("index") as transaction:
         transaction.commit(lambda _: Proposal(drop=derived))
+    store.refresh()
+    return store
+
+
+def without_charts(store: Store, scans: list[str]) -> Store:
+    """The store with a frame that lacks some scans, as if they had come later."""
+    from isimed_index.store.repository import Repository
+    from isimed_index.store.transaction import Proposal
+
+    (made,) = store.snapshot.artefacts("frame")
+    frame = read_frame(store.path / made.path)
+    fewer = replace(frame, charts={scan: chart for scan, chart in frame.charts.items() if scan not in scans})
+    with Repository.open(store.path).transaction("index") as transaction:
+        directory = transaction.stage("frame")
+        write_frame(directory, fewer, store.snapshot.voxels_of)
+        artefact = transaction.add("frame", directory, encoder=frame.encoder)
+        transaction.commit(lambda _: Proposal(add=[artefact], drop=[made.path]))
     store.refresh()
     return store
 
@@ -152,6 +170,53 @@ def test_charts_of_a_coarse_stride_are_fitted_anew_at_a_finer_one(store: Store, 
     store.index(stride_mm=32)
     store.index()
     assert bits(read_frame(frame_of(store))) == bits(read_frame(frame_of(plain)))
+
+
+def test_a_coarse_chart_among_fine_ones_is_fitted_anew_when_its_scan_gets_finer(store: Store):
+    """The template is fine by then: what is coarse is known of each chart alone."""
+    store.index()
+    store.index(where="scan = 'sub-06'", stride_mm=32)
+    without_charts(store, ["sub-06"]).index(where="scan = 'sub-06'", stride_mm=32)
+    before = read_frame(frame_of(store))
+    strides = {scan: chart.stride_mm for scan, chart in before.charts.items()}
+    assert strides == {f"sub-{n:02d}": 16.0 for n in range(SCANS - 1)} | {"sub-06": 32.0}
+    store.index()
+    after = read_frame(frame_of(store))
+    assert after.charts["sub-06"].stride_mm == 16.0
+    assert after.charts["sub-06"].affine.tobytes() != before.charts["sub-06"].affine.tobytes()
+    assert after.charts["sub-00"].affine.tobytes() == before.charts["sub-00"].affine.tobytes()
+    assert (after.awaited, store.info()["awaited"]) == (0, [])
+
+
+def test_a_frame_is_fitted_anew_on_request(store: Store):
+    """In groups as the first one; it ends as the first one would, and nothing is left of the one before."""
+    store.index()
+    before = bits(read_frame(frame_of(store)))
+    fitted: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        fit, extend = charting.fit_frame, charting.extend_frame
+        patch.setattr(charting, "fit_frame", lambda *a, **k: fitted.append("founders") or fit(*a, **k))
+        patch.setattr(charting, "extend_frame", lambda *a: fitted.append(len(a[1])) or extend(*a))
+        store.index(refit=True)
+    assert fitted == ["founders", 2, 1]
+    where = frame_of(store)
+    refitted = read_frame(where)
+    assert (len(refitted.charts), refitted.awaited) == (SCANS, 0)
+    assert not (where / NEXT_FRAME).exists()
+    assert bits(refitted) == before  # which was fitted to the same scans
+    store.index()
+    assert frame_of(store) == where
+
+
+def test_a_chart_of_too_few_points_does_not_hold(store: Store):
+    """An affine goes through four points exactly: a residual of 0.0 mm would say nothing."""
+    template = read_frame(frame_of(store)).template
+    few = np.zeros_like(template.mask)
+    few[tuple(np.argwhere(template.mask)[: LEAST_POINTS - 1].T)] = True
+    for lattice, onto in ((replace(template, mask=few), template), (template, replace(template, mask=few))):
+        chart = fit_chart(lattice, onto)
+        assert (chart.holds, chart.residual_mm) == (False, float("inf"))
+    assert fit_chart(template, template).residual_mm < 1.0
 
 
 def test_names_are_some():

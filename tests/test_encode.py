@@ -93,7 +93,7 @@ def tasks(root: Path, count: int) -> list[EncodeTask]:
 # -- lattice and names ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stride_mm", "expected"), [(None, 4), (2.0, 1), (8.0, 4), (24.0, 12), (8.0 + 1e-9, 4)])
+@pytest.mark.parametrize(("stride_mm", "expected"), [(None, 4), (2.0, 1), (8.0, 4), (16.0, 8), (8.0 + 1e-9, 4)])
 def test_a_stride_in_voxels(stride_mm: float | None, expected: int) -> None:
     assert stride_in_voxels(ToyEncoder().card, stride_mm) == expected
 
@@ -102,6 +102,15 @@ def test_a_stride_in_voxels(stride_mm: float | None, expected: int) -> None:
 def test_a_stride_that_is_no_whole_number_of_voxels_is_refused(stride_mm: float) -> None:
     with pytest.raises(UsageError, match="multiple of the encoder's spacing 2 mm") as refused:
         stride_in_voxels(ToyEncoder().card, stride_mm)
+    assert "--stride 8" in refused.value.next_step
+
+
+def test_a_stride_at_which_patches_would_not_touch_is_refused() -> None:
+    card = ToyEncoder().card
+    wide = card.patch_vox * card.spacing_mm
+    assert stride_in_voxels(card, wide) == card.patch_vox
+    with pytest.raises(UsageError, match=f"at most {wide:g} mm, .* found {wide + 2:g} mm: patches would not") as refused:
+        stride_in_voxels(card, wide + card.spacing_mm)
     assert "--stride 8" in refused.value.next_step
 
 

@@ -21,7 +21,7 @@ SIGNATURES = {
     "patches_per_scan=None, device='auto', resume=False, name=None, where=None, seed=None, progress=None, "
     "tensorboard=None, wandb=None",
     "index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', min_recall=0.98, "
-    "max_ram=None, progress=None, runtime='auto', precision='fp32', max_latency_ms=None",
+    "max_ram=None, progress=None, runtime='auto', precision='fp32', max_latency_ms=None, refit=False",
     "plan_index": "encoder=None, stride_mm=None, where=None, scheduler='threads', device='auto', progress=None, "
     "runtime='auto', precision='fp32'",
     "similar": "scan, label=None, k=10, where=None, same_subject='exclude', pooling='mean', encoder=None",

@@ -56,6 +56,9 @@ def index(
     max_latency: Annotated[
         float | None, typer.Option(metavar="MS", min=0.001, help="Most time of a query in the index, such as 0.5.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit the canonical frame anew; else when many scans are new to it.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only say how the stored index was chosen: what was tried and measured.")
     ] = False,
@@ -91,13 +94,18 @@ def index(
     if dry_run:
         _plan(session, paths, report, asked)
         return
-    limits: dict[str, Any] = {"min_recall": min_recall, "max_ram": max_ram, "max_latency_ms": max_latency}
+    asked_of_results: dict[str, Any] = {
+        "min_recall": min_recall,
+        "max_ram": max_ram,
+        "max_latency_ms": max_latency,
+        "refit": refit,
+    }
     try:
         try:
             store, before = add_first(session, paths)
             refused += before
             with session.progress() as progress:
-                done = store.index(**asked, **limits, progress=progress)
+                done = store.index(**asked, **asked_of_results, progress=progress)
         except (Exception, KeyboardInterrupt) as error:
             _report_end(report, error, refused)
             raise

@@ -67,7 +67,11 @@ def task_key(scan_digest: str, card: EncoderCard, stride_vox: int, precision: st
 
 
 def stride_in_voxels(card: EncoderCard, stride_mm: float | None) -> int:
-    """A lattice step in mm → voxels of the working grid; `UsageError` unless it is a whole number of them."""
+    """A lattice step in mm → voxels of the working grid.
+
+    `UsageError` unless it is a whole number of them, and no wider than a patch: of what lies between two patches that
+    do not touch, nothing would be known.
+    """
     if stride_mm is None:
         return card.stride_vox
     voxels = round(stride_mm / card.spacing_mm) if math.isfinite(stride_mm) else 0
@@ -76,5 +80,11 @@ def stride_in_voxels(card: EncoderCard, stride_mm: float | None) -> int:
             f"expected a stride that is a multiple of the encoder's spacing {card.spacing_mm:g} mm, "
             f"found {stride_mm:g} mm",
             next_step=f"for example --stride {card.stride_vox * card.spacing_mm:g}",
+        )
+    if voxels > card.patch_vox:
+        raise UsageError(
+            f"expected a stride of at most {card.patch_vox * card.spacing_mm:g} mm, which is how wide a patch is, "
+            f"found {stride_mm:g} mm: patches would not touch, and nothing would describe what lies between them",
+            next_step=f"--stride {card.stride_vox * card.spacing_mm:g}, the encoder's own",
         )
     return voxels

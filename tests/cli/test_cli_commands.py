@@ -175,7 +175,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "index --encoder first --stride 8 --where nx>3 --scheduler processes --device cpu --min-recall 0.9 "
-        "--max-ram 2G --max-latency 0.5 --runtime openvino --precision bf16",
+        "--max-ram 2G --max-latency 0.5 --runtime openvino --precision bf16 --refit",
         "index",
         (),
         {
@@ -187,6 +187,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "min_recall": 0.9,
             "max_ram": 2 * 1024**3,
             "max_latency_ms": 0.5,
+            "refit": True,
             "runtime": "openvino",
             "precision": "bf16",
         },
