@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from isimed_index.charting import commit_frame
+from isimed_index.charting import commit_frame, some_of
 from isimed_index.encode import (
     Encoded,
     EncodeTask,
@@ -25,7 +25,16 @@ from isimed_index.encode import (
     workers,
 )
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.errors import Incompatible, IsimedError, NotFound, ScanRefused, StoreDamaged, StoreWarning
+from isimed_index.errors import (
+    Incompatible,
+    IsimedError,
+    IsimedWarning,
+    NotFound,
+    ScanRefused,
+    StoreDamaged,
+    StoreWarning,
+)
+from isimed_index.frame import LEAST_POINTS
 from isimed_index.index.card import FORMAT_VERSION, IndexCard, row_ranges
 from isimed_index.index.goal import Goal
 from isimed_index.index.plan import build_index
@@ -39,6 +48,8 @@ from isimed_index.planning import (
     no_scan,
     processes_now,
     sizes_of,
+    tell_of_encoding_again,
+    tell_of_other_strides,
     tell_of_stride,
     what_is_wanted,
 )
@@ -48,6 +59,7 @@ from isimed_index.regions import commit_regions
 from isimed_index.store.derived import commit_derived
 from isimed_index.store.manifest import Artefact, listed
 from isimed_index.store.repository import Repository
+from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.store.transaction import Proposal, Transaction
 
@@ -63,6 +75,8 @@ _NO_PATCH = ScanRefused(
 class IndexReport:
     """What `index` did: scans encoded now, encoded before, refused; patches and measured recall of the index.
 
+    `stride_mm` is the lattice's step of the scans that are encoded and skipped; of others it may be another one.
+
     `runtime` and `precision` are empty when nothing had to be encoded; `skipped_by` says how many skipped scans each
     `runtime/precision` had encoded, `unknown` where that is not stored. `trial_patches_per_s` is empty when there was
     no trial. `patches_per_s` is over the wall time of encoding, from reading the first scan to the last commit; None
@@ -73,6 +87,7 @@ class IndexReport:
     """
 
     encoder: str
+    stride_mm: float | None = None
     encoded: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -135,7 +150,9 @@ def index_scans(repository: Repository, scans: Sequence[str], options: IndexOpti
     """
     with repository.transaction("index") as transaction, repository.pin() as head:
         wanted = what_is_wanted(head, scans, options)
-        report = IndexReport(wanted.card.id, skipped=wanted.skipped, skipped_by=_encoded_by(head, wanted))
+        report = IndexReport(
+            wanted.card.id, wanted.stride_mm, skipped=wanted.skipped, skipped_by=_encoded_by(head, wanted)
+        )
         encoding = _Encoding()
         try:
             return _index(transaction, head, wanted, report, encoding, options, progress)
@@ -158,6 +175,7 @@ def _index(
     progress: Progress,
 ) -> IndexReport:
     card = wanted.card
+    tell_of_encoding_again(head, wanted)
     if wanted.todo:
         _encode(transaction, head, wanted, report, encoding, options, progress)
         report = encoding.told_in(report)
@@ -173,7 +191,22 @@ def _index(
         )
     _commit_frame_and_regions(transaction, card, progress, refit=options.refit)
     built = _commit_index(transaction, card, Goal(options.min_recall, options.max_ram, options.max_latency_ms))
+    now = transaction.repository.snapshot()
+    tell_of_other_strides(now, wanted)
+    _tell_of_few_patches(now.segments_by_scan(card.id))
     return replace(report, patches=rows, recall_at_10=built.recall_at_10, index_kind=built.recipe.factory)
+
+
+def _tell_of_few_patches(segments: Mapping[str, Segment]) -> None:
+    """Warn of scans with patches, but too few to fit a chart to."""
+    few = sorted(scan for scan, segment in segments.items() if 0 < segment.rows < LEAST_POINTS)
+    if few:
+        warnings.warn(
+            f"{len(few)} of {len(segments)} encoded scans have fewer than {LEAST_POINTS} patches ({some_of(few)}): too "
+            "few to fit a chart to, so no answer is in view there. Next: isimed index with a smaller --stride",
+            IsimedWarning,
+            stacklevel=4,
+        )
 
 
 def _encoded_by(head: Snapshot, wanted: Wanted) -> dict[str, int]:

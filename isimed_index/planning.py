@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from isimed_index.encode import (
     measure,
     most_telling,
     stride_in_voxels,
+    stride_of_grid,
     task_key,
     workers,
 )
@@ -38,6 +39,7 @@ from isimed_index.ingest.report import Refusal
 from isimed_index.progress import Progress
 from isimed_index.scans.prepare import WorkingGrid
 from isimed_index.store.integrity import check_there
+from isimed_index.store.segment import Segment
 from isimed_index.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -71,9 +73,11 @@ def plan_index(snapshot: Snapshot, scans: Sequence[str], options: IndexOptions, 
     Nothing is written to the store. Scans are checked for missing files and sizes; those that are measured for hashes.
     """
     wanted = what_is_wanted(snapshot, scans, options)
-    plan = IndexPlan(wanted.card.id, skipped=wanted.skipped)
+    plan = IndexPlan(wanted.card.id, wanted.stride_mm, skipped=wanted.skipped)
     if not wanted.todo and not wanted.skipped:
         raise no_scan()
+    tell_of_encoding_again(snapshot, wanted)
+    tell_of_other_strides(snapshot, wanted)
     damaged: dict[str, Refusal] = {}
     sizes = list(_there(snapshot, wanted, damaged))
     probed = tuple(_readable(snapshot, most_telling(sizes), damaged))
@@ -134,6 +138,11 @@ class Wanted:
     keys: Mapping[str, str]  # scan → key of its task
     todo: list[str]
     skipped: list[str]
+
+    @property
+    def stride_mm(self) -> float:
+        """The step of the lattice."""
+        return self.stride_vox * self.card.spacing_mm
 
 
 def what_is_wanted(head: Snapshot, scans: Sequence[str], options: IndexOptions) -> Wanted:
@@ -212,6 +221,43 @@ def tell_of_stride(job: Job, card: EncoderCard, where: Workers) -> None:
             IsimedWarning,
             stacklevel=3,
         )
+
+
+def tell_of_encoding_again(head: Snapshot, wanted: Wanted) -> None:
+    """Warn of scans that are stored at another stride, and are to be encoded at this one instead."""
+    stored = head.segments_by_scan(wanted.card.id)
+    again, strides = _at_other_strides([stored[scan] for scan in wanted.todo if scan in stored], wanted)
+    if strides:
+        own = ", the encoder's own" if wanted.stride_vox == wanted.card.stride_vox else ""
+        warnings.warn(
+            f"{again} scan{'s are' if again > 1 else ' is'} stored at another stride ({strides} mm), which this one of "
+            f"{wanted.stride_mm:g} mm{own}, takes the place of. "
+            f"To keep theirs: isimed index --stride {strides.split()[0]}",
+            IsimedWarning,
+            stacklevel=3,
+        )
+
+
+def tell_of_other_strides(head: Snapshot, wanted: Wanted) -> None:
+    """Warn of scans that this job is not about, and that are stored at another stride."""
+    stored = head.segments_by_scan(wanted.card.id)
+    others, strides = _at_other_strides([stored[scan] for scan in stored if scan not in wanted.keys], wanted)
+    if strides:
+        warnings.warn(
+            f"{others} scan{'s' if others > 1 else ''} of the store stay{'' if others > 1 else 's'} at another stride "
+            f"({strides} mm) than this one of {wanted.stride_mm:g} mm: their places are found to another precision. "
+            f"Next: isimed index --stride {wanted.stride_mm:g} without --where",
+            IsimedWarning,
+            stacklevel=3,
+        )
+
+
+def _at_other_strides(segments: Iterable[Segment], wanted: Wanted) -> tuple[int, str]:
+    """How many segments are of another stride, and these in mm: `4 and 16`; empty where none is."""
+    strides = [stride_of_grid(segment.grid) for segment in segments]
+    others = [stride for stride in strides if stride is not None and stride != wanted.stride_vox]
+    named = [f"{stride * wanted.card.spacing_mm:g}" for stride in sorted(set(others))]
+    return len(others), " and ".join(named)
 
 
 def job_of(head: Snapshot, wanted: Wanted, patches: int, options: IndexOptions) -> Job:

@@ -164,6 +164,7 @@ def test_scans_that_no_chart_has_are_counted_and_some_are_named(store: Store):
     assert store.info()["awaited"][0]["named"] == ["sub-01", "sub-03", "sub-04", "sub-05", "sub-06"]
 
 
+@pytest.mark.filterwarnings("ignore:.* at another stride")
 def test_charts_of_a_coarse_stride_are_fitted_anew_at_a_finer_one(store: Store, tmp_path: Path):
     plain = without_frame(isi.open(shutil.copytree(store.path, tmp_path / "plain")))
     plain.index()
@@ -172,6 +173,7 @@ def test_charts_of_a_coarse_stride_are_fitted_anew_at_a_finer_one(store: Store, 
     assert bits(read_frame(frame_of(store))) == bits(read_frame(frame_of(plain)))
 
 
+@pytest.mark.filterwarnings("ignore:.* at another stride")
 def test_a_coarse_chart_among_fine_ones_is_fitted_anew_when_its_scan_gets_finer(store: Store):
     """The template is fine by then: what is coarse is known of each chart alone."""
     store.index()

@@ -109,7 +109,9 @@ def test_a_stride_at_which_patches_would_not_touch_is_refused() -> None:
     card = ToyEncoder().card
     wide = card.patch_vox * card.spacing_mm
     assert stride_in_voxels(card, wide) == card.patch_vox
-    with pytest.raises(UsageError, match=f"at most {wide:g} mm, .* found {wide + 2:g} mm: patches would not") as refused:
+    with pytest.raises(
+        UsageError, match=f"at most {wide:g} mm, .* found {wide + 2:g} mm: patches would not"
+    ) as refused:
         stride_in_voxels(card, wide + card.spacing_mm)
     assert "--stride 8" in refused.value.next_step
 

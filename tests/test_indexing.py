@@ -521,11 +521,39 @@ def test_a_rerun_in_a_runtime_ends_with_the_same_bits(fresh: Store):
     fresh.index(where=ONE, runtime="openvino")
     first = fresh.snapshot.segments()[0]
     before = first.vectors("embedding").tobytes()
-    fresh.index(where=ONE, runtime="openvino", stride_mm=32.0)
-    fresh.index(where=ONE, runtime="openvino")
+    with pytest.warns(
+        IsimedWarning, match=r"^1 scan is stored at another stride \(16 mm\), which this one of 32 mm, takes"
+    ):
+        assert fresh.index(where=ONE, runtime="openvino", stride_mm=32.0).stride_mm == 32.0
+    own = r"\(32 mm\), which this one of 16 mm, the encoder's own, takes the place of. To keep theirs: .* --stride 32$"
+    with pytest.warns(IsimedWarning, match=own):
+        fresh.index(where=ONE, runtime="openvino")
     again = fresh.snapshot.segments()[0]
     assert again.path != first.path
     assert again.vectors("embedding").tobytes() == before
+
+
+def test_lattices_that_differ_within_a_store_are_told_of(fresh: Store):
+    fresh.index(where=ONE, stride_mm=32.0)
+    rest = f"NOT ({ONE})"
+    mixed = (
+        r"^1 scan of the store stays at another stride \(32 mm\) than this one of 16 mm.*--stride 16 without --where$"
+    )
+    with pytest.warns(IsimedWarning, match=mixed):
+        assert fresh.plan_index(where=rest).stride_mm == 16.0
+    with pytest.warns(IsimedWarning, match=mixed):
+        fresh.index(where=rest)
+    fresh.compact()
+    with pytest.warns(IsimedWarning, match=mixed):  # packed segments know it, too
+        fresh.index(where=rest)
+
+
+def test_scans_of_too_few_patches_for_a_chart_are_told_of(fresh: Store):
+    fresh.index(where=ONE)
+    few = fresh.sql("SELECT patch FROM patches ORDER BY patch LIMIT 11").column("patch").to_pylist()
+    fresh.delete(f"patch > {few[-1]}", "patches")
+    with pytest.warns(IsimedWarning, match=r"^1 of 1 encoded scans have fewer than 12 patches \("):
+        fresh.index(where=ONE)
 
 
 def test_a_long_job_has_one_trial_and_says_what_it_found(fresh: Store, monkeypatch: pytest.MonkeyPatch):

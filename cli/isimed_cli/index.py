@@ -216,7 +216,9 @@ def _said(plan: dict[str, Any]) -> dict[str, Any]:
         shown = _WRITE[name](shown) if name in _WRITE else shown
         said[name] = f"{shown} ({basis[name]})" if name in basis else shown
     if not plan["to_encode"]:
-        return {name: said[name] for name in ("encoder", "to_encode", "skipped", "damaged")}
+        return {
+            name: said[name] for name in ("encoder", "stride_mm", "to_encode", "skipped", "damaged") if name in said
+        }
     return {name: value for name, value in said.items() if value != []}
 
 

@@ -15,7 +15,7 @@ from isimed_index.encode.forecast import IndexPlan, Probe, Size, foresee, lattic
 from isimed_index.encode.pace import Pace
 from isimed_index.encode.scan import encode_volume, prepared, volume_lattice
 from isimed_index.encode.stream import Losses, encode_batches
-from isimed_index.encode.task import Encoded, EncodeTask, grid_key, stride_in_voxels, task_key
+from isimed_index.encode.task import Encoded, EncodeTask, grid_key, stride_in_voxels, stride_of_grid, task_key
 
 __all__ = [
     "EncodeTask",
@@ -38,6 +38,7 @@ __all__ = [
     "most_telling",
     "prepared",
     "stride_in_voxels",
+    "stride_of_grid",
     "task_key",
     "volume_lattice",
     "workers",

@@ -98,6 +98,7 @@ class IndexPlan:
     """
 
     encoder: str
+    stride_mm: float | None = None
     to_encode: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     damaged: list[Refusal] = field(default_factory=list)

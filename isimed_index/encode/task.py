@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from isimed_index.encoders.runtimes.kind import NATIVE, Runtime
 from isimed_index.errors import IsimedError, UsageError
 
 MIN_FOREGROUND = 0.15  # patches with less of it are air and are not stored
+_STRIDE = re.compile(r"-stride(\d+)-", re.ASCII)
 STARTS = 2  # how often a task may begin and not end before it is taken for what ended its workers
 
 
@@ -54,6 +56,12 @@ class Encoded:
 def grid_key(card: EncoderCard, stride_vox: int) -> str:
     """The lattice that patches of this encoder are laid on, as a short text."""
     return f"patch{card.patch_vox}-stride{stride_vox}-spacing{card.spacing_mm:g}mm-fg{MIN_FOREGROUND:g}"
+
+
+def stride_of_grid(grid: str) -> int | None:
+    """The stride in voxels that a `grid_key` names; None of another text, which an import may have."""
+    named = _STRIDE.search(grid)
+    return None if named is None else int(named[1])
 
 
 def task_key(scan_digest: str, card: EncoderCard, stride_vox: int, precision: str = "fp32") -> str:

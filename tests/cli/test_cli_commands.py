@@ -492,7 +492,7 @@ class TestBatches:
         self, store: FakeStore, capsys: Any, options: list[str], encoded: list[str], told: str
     ):
         by = {"openvino/fp32": 3, **({"torch/fp32": 1} if "torch" in options else {})}
-        store.answers["index"] = IndexReport("c0ffee", encoded, ["a", "b", "c"], recall_at_10=1.0, skipped_by=by)
+        store.answers["index"] = IndexReport("c0ffee", 8.0, encoded, ["a", "b", "c"], recall_at_10=1.0, skipped_by=by)
         assert main(["index", *options]) == 0
         said = capsys.readouterr()
         assert said.err == (f"{told}\n" if told else "")
@@ -505,7 +505,7 @@ class TestBatches:
         told = json.loads((tmp_path / "r.json").read_text())
         assert (told["interrupted"], [item["name"] for item in told["refused"]]) == (True, ["bad.nii"])
         assert "error[interrupted]" in capsys.readouterr().err
-        store.answers["index"] = IndexStopped(IndexReport("c0ffee", ["a"], interrupted=True), 3)
+        store.answers["index"] = IndexStopped(IndexReport("c0ffee", 8.0, ["a"], interrupted=True), 3)
         assert main(["index", "images", "--report", "r.json"]) == 130
         told = json.loads((tmp_path / "r.json").read_text())
         assert (told["encoded"], told["interrupted"], len(told["refused"])) == (["a"], True, 1)
@@ -517,7 +517,7 @@ class TestBatches:
         (tmp_path / "r.json").write_text('{"of": "an earlier run"}')
         store.answers["add"].refused.append(REFUSAL)
         failed = WorkerFailed("the scheduler was lost", next_step="the same again")
-        failed.report = IndexReport("c0ffee", ["a"], runtime="torch")
+        failed.report = IndexReport("c0ffee", 8.0, ["a"], runtime="torch")
         store.answers["index"] = failed
         assert main(["index", "images", "--report", "r.json"]) == 1
         told = json.loads((tmp_path / "r.json").read_text())
