@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed import LocalCluster, Status
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from isimed_index.config import PretrainConfig
@@ -38,7 +40,7 @@ from isimed_index.encode import (
     workers,
 )
 from isimed_index.encode import scan as scan_module
-from isimed_index.encode.scan import encode_scan
+from isimed_index.encode.scan import AT_ONCE, encode_scan
 from isimed_index.encode.task import MIN_FOREGROUND, STARTS
 from isimed_index.encoders.card import read_card
 from isimed_index.encoders.networks import build_network
@@ -379,6 +381,34 @@ def test_gpus_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtra, match="dask-cuda") as missing, workers("cuda"):
         pass
     assert "pip install dask-cuda" in missing.value.next_step
+
+
+def test_gpus_have_a_process_each_and_give_what_threads_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: dask-cuda's cluster is a local one, here of one worker in this process; the network is on a CPU."""
+    started: list[LocalCluster] = []
+
+    class LocalCUDACluster(LocalCluster):
+        def __init__(self, **options: Any) -> None:
+            self.options = options
+            super().__init__(n_workers=1, processes=False, **options)
+            started.append(self)
+
+    monkeypatch.setitem(sys.modules, "dask_cuda", SimpleNamespace(LocalCUDACluster=LocalCUDACluster))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    made = tasks(tmp_path, 2)
+    torch.set_num_threads(AT_ONCE)  # as many as the worker has
+    here, there = encoded(made), encoded(made, "cuda")
+    (one,) = started
+    assert one.options == {
+        "threads_per_worker": AT_ONCE,  # a scan is read while another one is on the GPU
+        "dashboard_address": "127.0.0.1:0",
+        "scheduler_kwargs": {"dashboard": False},
+    }
+    assert one.status is Status.closed
+    for done, other in zip(here, there, strict=True):
+        assert Path(done.staged) != Path(other.staged)
+        np.testing.assert_array_equal(vectors_of(done), vectors_of(other))
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

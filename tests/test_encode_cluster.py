@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import dask
 import pytest
 import torch
 from clusters import Processes, processes, two_networks, wait_for
@@ -17,6 +18,8 @@ from cohorts import segment_vectors, shifted_heads
 from distributed import Client
 
 import isimed_index as isi
+from isimed_index.encode import cluster as cluster_module
+from isimed_index.errors import IsimedWarning
 from isimed_index.store.repository import Repository
 
 SCANS = 10
@@ -58,6 +61,19 @@ def before(task):
     if task.scan == "sub-03":
         with open("deaths", "a") as file:
             file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+# Ends its worker at one scan, once; `{folder}` is one that all processes see.
+DIES_ONCE = (
+    _COUNTING
+    + """
+def before(task):
+    if task.scan == "sub-01":
+        try:
+            (Path({folder!r}) / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return
         os.kill(os.getpid(), signal.SIGKILL)
 """
 )
@@ -150,6 +166,26 @@ def test_a_worker_that_is_killed_and_a_cable_that_is_cut_cost_nothing(
     assert sorted(report["encoded"]) == sorted(committed(store)) == ["sub-00", "sub-01", "sub-02", "sub-03", "sub-04"]
     assert segment_vectors(store) == first_of(expected)
     assert len(list((store / "segments").iterdir())) == 5  # nothing of the attempts that were cut short
+
+
+def test_a_process_of_our_own_that_is_killed_costs_nothing(
+    tmp_path: Path, store: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, scans = "scan < 'sub-03'", ["sub-00", "sub-01", "sub-02"]
+    preload = tmp_path / "preload.py"
+    preload.write_text(DIES_ONCE.replace("{folder!r}", repr(str(tmp_path))))
+    monkeypatch.setattr(cluster_module, "cores", lambda: 4)  # two for each process, as many as `expected` had
+    with dask.config.set({"distributed.worker.preload": [str(preload)]}), pytest.warns(IsimedWarning) as told:
+        report = isi.open(store).index(where=where, scheduler="processes:2", runtime="torch")
+    lost = [str(warning.message) for warning in told]  # on a busy machine the next one may be lost while it starts
+    assert all(text.startswith(f"a worker was lost ({n} so far)") for n, text in enumerate(lost, 1)), lost
+    assert "what it had been given is encoded again: sub-0" in lost[0]
+    assert (tmp_path / "died").exists()
+    assert (sorted(report.encoded), report.refused, report.workers_lost) == (scans, [], len(lost))
+    assert segment_vectors(store) == {scan: expected[scan] for scan in scans}
+    again = isi.open(store).index(where=where)
+    assert (again.encoded, sorted(again.skipped)) == ([], scans)
+    assert segment_vectors(store) == {scan: expected[scan] for scan in scans}
 
 
 def test_a_scan_that_kills_its_workers_is_refused_and_the_rest_is_encoded(

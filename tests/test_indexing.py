@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from cohorts import COPIES, CROPPED, Cohort, Copy, add_random_encoder, head, rigid, write_copy, write_nifti
+from cohorts import (
+    COPIES,
+    CROPPED,
+    Cohort,
+    Copy,
+    add_random_encoder,
+    head,
+    rigid,
+    segment_vectors,
+    write_copy,
+    write_nifti,
+)
+from zarr.codecs import BloscCodec
 
 import isimed_index as isi
+from isimed_cli.main import main
 from isimed_index import charting, indexing, planning
 from isimed_index.api import Store
 from isimed_index.encode import Encoded, EncodeTask, Losses, Workers, cluster, encode_batches
@@ -31,6 +48,8 @@ from isimed_index.frame import read_frame
 from isimed_index.index.card import IndexCard
 from isimed_index.indexing import IndexReport, IndexStopped
 from isimed_index.progress import Silent
+from isimed_index.scans.arrays import CHUNK
+from isimed_index.store import segment
 from isimed_index.store.transaction import Transaction
 
 
@@ -383,6 +402,64 @@ def test_damaged_voxels_are_refused_by_name_and_the_rest_is_encoded(store: Store
     done = store.index(encoder)
     assert [(refusal.name, refusal.kind) for refusal in done.refused] == [("sub-02_T1w", "store_damaged")]
     assert len(done.encoded) == 5
+
+
+def test_a_disk_that_is_full_at_one_scan_costs_that_scan_until_the_next_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At another stride, so that there is something to lose: what a scan had stays until its new vectors are there."""
+    others, full = ["sub-02_T1w", "sub-04_T1w"], "sub-03_T1w"
+    where = f"scan IN ('{full}', '{others[0]}', '{others[1]}')"
+    line = ["index", "-s", str(store.path), "--stride", "32", "--where", where, "--json", "--no-progress"]
+    before, plain = segment_vectors(store.path), segment.write_segment
+    room, written = False, []
+
+    def write(directory: Path, rows: pa.Table, outputs: dict[str, Any]) -> dict[str, Any]:
+        written.append(rows.column("scan")[0].as_py())
+        if written[-1] == full and not room:
+            (directory / "embedding.npy").write_bytes(bytes(1000))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory / "embedding.npy"))
+        return plain(directory, rows, outputs)
+
+    monkeypatch.setattr(segment, "write_segment", write)
+    assert main(line) == 3
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert (sorted(report["encoded"]), report["refused"]) == (others, [full])
+    (told,) = [text for text in said.err.splitlines() if full in text]
+    assert "store_full" in told
+    now = segment_vectors(store.path)
+    assert {scan for scan in now if now[scan] != before[scan]} == set(others)
+    assert now.keys() == before.keys()
+    assert isi.check(store.path) == []
+    room, written = True, []
+    assert main(line) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["encoded"], sorted(report["skipped"]), written) == ([full], others, [full])
+    after = segment_vectors(store.path)
+    assert {scan for scan in after if after[scan] != now[scan]} == {full}
+
+
+def test_a_scan_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator reads its files, too, to hash them; it decodes nothing."""
+    template = head()
+    beside = [(CHUNK - n // 2, CHUNK - (n - n // 2)) for n in template.values.shape[:2]]  # a part of it in each chunk
+    voxels = np.pad(np.rint(template.values * 1000).astype(np.int16), [*beside, (0, 0)])
+    labels = np.pad(template.labels, [*beside, (0, 0)])
+    write_nifti(tmp_path / "s_seg.nii.gz", labels, template.affine)
+    store = isi.create(tmp_path / "store")
+    store.add(write_nifti(tmp_path / "s.nii.gz", voxels, template.affine), labels="{stem}_seg.nii.gz")
+    add_random_encoder(store.path)
+    decoded: list[bytes] = []
+    plain = BloscCodec._decode_single
+
+    async def decode(codec: BloscCodec, content: Any, spec: Any) -> Any:
+        decoded.append(content.to_bytes())
+        return await plain(codec, content, spec)
+
+    monkeypatch.setattr(BloscCodec, "_decode_single", decode)
+    assert store.index(stride_mm=32.0, runtime="torch").encoded == ["s"]
+    assert len(decoded) == len(set(decoded)) == 2 * 4  # chunks of the image and of its label map
 
 
 # -- runtimes -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from isimed_index.encoders import networks, runtime
 from isimed_index.encoders.networks import PatchDenseNet121, StemNet, ValidNet, build_network
 from isimed_index.encoders.passes import passes_hold
 from isimed_index.encoders.protocol import Encoder, encode_grid
-from isimed_index.encoders.runtime import NetworkEncoder, TorchEncoder, load_encoder, write_encoder
+from isimed_index.encoders.runtime import TILE, NetworkEncoder, TorchEncoder, load_encoder, write_encoder
 from isimed_index.encoders.runtimes.kind import Runtime, missing_packages
 from isimed_index.errors import IsimedWarning
 from isimed_index.grid import PatchGrid
@@ -114,6 +114,20 @@ def test_a_pass_gives_the_vectors_of_single_patches(
         off = np.linalg.norm(found[name][some] - alone, axis=1)
         assert (off <= 1e-4 * np.linalg.norm(alone, axis=1)).all(), name
         assert (100 * off < np.linalg.norm(beside[name] - alone, axis=1)).all(), name
+
+
+def test_passes_as_large_as_they_are_give_the_vectors_of_single_patches(encoder: Encoder) -> None:
+    """A lattice that is one point longer than a tile: two passes, and each patch beside the seam as it is alone."""
+    grid = PatchGrid((4 * TILE + 1, 8, 4), PATCH, 4, np.eye(4))
+    volume, numbers = noise(grid.shape), np.arange(len(grid))
+    assert grid.lattice_shape == (TILE + 1, 2, 1)
+    assert isinstance(encoder, NetworkEncoder)
+    assert sorted(map(len, encoder.parts(grid, numbers))) == [2, 2 * TILE]
+    found = encode_grid(encoder, volume, grid, numbers)
+    some = np.array([0, *numbers[-6:]])
+    for name, alone in encoder.encode(grid.extract(volume.values, some, volume.background)).items():
+        off = np.linalg.norm(found[name][some] - alone, axis=1)
+        assert (off <= 1e-4 * np.linalg.norm(alone, axis=1)).all(), name
 
 
 # -- tried, not believed --------------------------------------------------------------------------------------------
