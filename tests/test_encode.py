@@ -384,7 +384,7 @@ def test_gpus_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_have_a_process_each_and_give_what_threads_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: dask-cuda's cluster is a local one, here of one worker in this process; the network is on a CPU."""
+    """Without a GPU: dask-cuda's cluster is a local one, here of one worker in this process, on the CPU."""
     started: list[LocalCluster] = []
 
     class LocalCUDACluster(LocalCluster):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from cohorts import COPIES, CROPPED, Cohort, add_random_encoder, tiny_scan
 
 import isimed_index as isi
 from isimed_index import planning
 from isimed_index.api import Store
-from isimed_index.encode import IndexPlan, Pace, Size, foresee, most_telling, pace
+from isimed_index.encode import IndexPlan, Pace, Size, forecast, foresee, most_telling, pace, scan
 from isimed_index.encode.forecast import Measured, Sample
 from isimed_index.encoders.card import EncoderCard, read_card
-from isimed_index.encoders.runtime import load_encoder
+from isimed_index.encoders.protocol import Vectors
+from isimed_index.encoders.runtime import NetworkEncoder, load_encoder
 from isimed_index.encoders.runtimes import trial
 from isimed_index.errors import NotFound, UsageError
 from isimed_index.grid import PatchGrid
+from isimed_index.scans.prepare import Volume
 from isimed_index.store import integrity
 
 CARD = EncoderCard(
@@ -109,11 +115,14 @@ def test_the_middle_the_largest_and_the_smallest_scan_tell_most():
 
 # -- a store --------------------------------------------------------------------------------------------------------
 
+VOXELS_PER_S, PATCHES_PER_S = 20_000, 100
+
 
 @pytest.fixture
 def fresh(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Scans and an encoder, nothing encoded; the bare network is measured on very little noise."""
+    """Scans and an encoder, nothing encoded; the bare network is measured on very little noise, and no other tried."""
     monkeypatch.setattr(trial, "_EDGE", 8)
+    monkeypatch.setattr(trial, "WORTH_S", 1e9)
     store = isi.create(tmp_path / "fresh")
     store.add(cohort.images, labels="{stem}_seg.nii.gz")
     add_random_encoder(store.path)
@@ -128,7 +137,7 @@ def content(store: Store) -> dict[str, str]:
 
 
 def test_a_run_does_what_its_plan_said(fresh: Store):
-    before = content(fresh)
+    before, resident = content(fresh), psutil.Process().memory_info().rss
     plan = fresh.plan_index()
     assert content(fresh) == before
     assert plan.to_encode == fresh.snapshot.scan_ids()
@@ -143,10 +152,65 @@ def test_a_run_does_what_its_plan_said(fresh: Store):
     assert plan.seconds is not None
     assert plan.seconds > 0
     assert plan.memory_bytes is not None
-    assert 2**26 < plan.memory_bytes < 2**40
+    assert resident <= plan.memory_bytes < 2**40
     again = fresh.plan_index()
     assert (again.to_encode, len(again.skipped), again.patches) == ([], 6, 0)
     assert (again.seconds, again.basis) == (None, {"patches": "measured", "bytes_written": "measured"})
+
+
+@pytest.fixture
+def spent(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """What reading and encoding cost by a clock that nothing else moves: `VOXELS_PER_S` and `PATCHES_PER_S`, always."""
+    spent: dict[str, list[float]] = {"read": [], "encode": []}
+    clock = SimpleNamespace(perf_counter=lambda: sum(map(sum, spent.values())))
+    for module in (forecast, trial):
+        monkeypatch.setattr(module, "time", clock)
+    scale, encode = scan.prepared, NetworkEncoder.encode_grid
+
+    def prepared(values: np.ndarray, *others: Any) -> Volume:
+        spent["read"].append(values.size / VOXELS_PER_S)
+        return scale(values, *others)
+
+    def encode_grid(encoder: NetworkEncoder, volume: Volume, grid: PatchGrid, numbers: np.ndarray) -> Vectors:
+        spent["encode"].append(len(numbers) / PATCHES_PER_S)
+        return encode(encoder, volume, grid, numbers)
+
+    monkeypatch.setattr(scan, "prepared", prepared)
+    monkeypatch.setattr(NetworkEncoder, "encode_grid", encode_grid)
+    return spent
+
+
+def test_the_time_of_a_known_speed_is_foreseen(fresh: Store, spent: dict[str, list[float]]):
+    """Scans are read while others are encoded: it cannot take less than the longer of both, nor more than their sum."""
+    plan = fresh.plan_index()
+    assert plan.bare_patches_per_s == pytest.approx(PATCHES_PER_S)
+    assert plan.patches_per_s == pytest.approx(PATCHES_PER_S)
+    for each in spent.values():
+        each.clear()
+    report = fresh.index(runtime="torch")
+    read_s, encode_s = (sum(each) for each in spent.values())
+    assert encode_s == pytest.approx(report.patches / PATCHES_PER_S)
+    assert encode_s > read_s > 0
+    assert 0.9 * encode_s < plan.seconds < 1.1 * (read_s + encode_s)
+
+
+def test_memory_is_that_of_the_process_and_of_the_scans_that_are_in_it_at_once(
+    fresh: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a process that would have nothing but them."""
+    monkeypatch.setattr(forecast.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=0))
+    two = fresh.plan_index(stride_mm=32.0, where=f"scan IN ('{COPIES[2].stem}', '{COPIES[3].stem}')").memory_bytes
+    encoder = load_encoder(fresh.snapshot.encoder_path(None), "cpu")
+    tracemalloc.start()
+    try:
+        volume, _, labels = scan.read_scan(fresh.snapshot.chunks_path(COPIES[2].stem), encoder.card)
+        grid, numbers, share = scan.kept_patches(encoder.card, volume, 8)
+        scan.patch_rows(COPIES[2].stem, grid, numbers, share, labels)
+        _, reading = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    one = reading + len(grid) * sum(encoder.card.outputs.values()) * (4 + 2)  # vectors as computed, and as stored
+    assert scan.AT_ONCE * one / 2 < two < 2 * scan.AT_ONCE * one
 
 
 def test_lattices_are_as_large_as_the_catalogue_says(fresh: Store):
