@@ -1,6 +1,7 @@
 """What each training method makes of the same cohort in the same time: the paper's, the default, and no training.
 
-    python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--keep FOLDER] [--out FILE.json]
+    python benchmarks/methods.py --data FOLDER [--minutes 10] [--seeds 3] [--heads 6] [--keep FOLDER] [--control SCRIPT]
+        [--out FILE.json]
 
 FOLDER holds real heads (docs/how-to/real-test-data.md: `ixi`). All methods train the same trunk (`StemNet` of one
 width) on the training subjects, on one core, for as many steps as fit into the minutes, as two short trials of each
@@ -9,7 +10,8 @@ paper's own batch few steps fit. `dense` has the paper's objective alone, but th
 overlapping patches of every crop; `isimed-scaled` the paper's objective in units of 100 mm, at which the trunk's heads
 begin. `random` is the untrained trunk, its features whitened on three heads. Everything
 that is trained is searched as its card says. This takes hours: with `--keep` the store and every row that is whole stay
-in a folder, and the same command goes on after them.
+in a folder, and the same command goes on after them. SCRIPT is the published training-free control, which finds its
+heads in `data/ixi` beside its own folder; it is run on the same heads, without and with its refinement.
 
 Then test heads, which no method has seen and on which nothing was chosen, are matched in all ordered pairs, the target
 as it is and under each change of `isimed_index.testing.variants`. Told, for every method, mean and sd over seeds:
@@ -350,6 +352,25 @@ def compared(given: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
     return [known[task] for task in tasks]
 
 
+def controlled(script: Path, data: Path, heads: int) -> list[dict[str, Any]]:
+    """What the training-free control prints of the judged heads: a line a variant, without and with its refinement."""
+    with tempfile.TemporaryDirectory() as place:
+        ixi, copy = Path(place) / "data" / "ixi", Path(place) / "controls" / script.name
+        ixi.mkdir(parents=True)
+        copy.parent.mkdir()
+        shutil.copy(script, copy)
+        for name in ("t1", "seg", "labels.tsv"):
+            (ixi / name).symlink_to((data / "ixi" / name).resolve())
+        lines = [f"{subject}\ttest" for subject in judged(data, heads)]
+        (ixi / "participants.tsv").write_text("\n".join(["participant_id\tsplit", *lines]) + "\n")
+        told = []
+        for rounds in ("0", "3"):
+            command = [sys.executable, str(copy), "--heads", str(heads), "--descriptor", "random", "--refine", rounds]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            told += [json.loads(line) for line in out.stdout.splitlines()]
+    return told
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean ± sd over seeds, a line a method, as Markdown."""
     columns = [
@@ -383,6 +404,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, help="folder of what is done, to go on from; of one --data, --minutes, --heads"
     )
+    parser.add_argument("--control", type=Path, help="the control's script")
     parser.add_argument("--out", type=Path)
     for hidden in ("--store", "--trial", "--train", "--judge"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -405,11 +427,11 @@ def main() -> int:
         Path(place).mkdir(parents=True, exist_ok=True)
         rows = compared(given, Path(place))
     print(table(rows))
+    report = {"date": utc_now()[:10], "minutes": given.minutes, "heads": given.heads, "rows": rows}
+    if given.control:
+        report["control"] = controlled(given.control, given.data, given.heads)
     if given.out:
-        given.out.write_text(
-            json.dumps({"date": utc_now()[:10], "minutes": given.minutes, "heads": given.heads, "rows": rows}, indent=1)
-            + "\n"
-        )
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
