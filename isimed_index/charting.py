@@ -107,16 +107,21 @@ class _Work:
 
     def missing_from(self, frame: Frame | None) -> list[str]:
         """Scans that have no chart in a frame, or one of a coarser lattice; all, if its template is coarser."""
-        if frame is None or _spacing_mm(frame.template.affine) > _COARSER * self.template_mm:
+        if frame is None:
             return list(self.segments)
-        return [scan for scan in self.segments if scan not in frame.charts or self._is_coarse(scan, frame.charts[scan])]
+        template_mm = _spacing_mm(frame.template.affine)
+        if template_mm > _COARSER * self.template_mm:
+            return list(self.segments)
+        finest_mm = max(template_mm, MATCHED_MM)
+        charts = frame.charts
+        return [scan for scan in self.segments if scan not in charts or self._is_coarse(scan, charts[scan], finest_mm)]
 
-    def _is_coarse(self, scan: str, chart: Chart) -> bool:
-        """Whether a chart was fitted to a coarser lattice than the scan has now."""
+    def _is_coarse(self, scan: str, chart: Chart, finest_mm: float) -> bool:
+        """Whether a chart was fitted to a coarser lattice than the scan has now; none below `finest_mm` is."""
         # Only of coarse charts is the lattice read, which means to check the segment's hash.
-        if chart.stride_mm is None or chart.stride_mm <= _COARSER * MATCHED_MM:
+        if chart.stride_mm is None or chart.stride_mm <= _COARSER * finest_mm:
             return False
-        return chart.stride_mm > _COARSER * max(_spacing_mm(self.segments[scan].lattice()["affine"]), MATCHED_MM)
+        return chart.stride_mm > _COARSER * max(_spacing_mm(self.segments[scan].lattice()["affine"]), finest_mm)
 
     def next_frame(self, progress: Progress) -> Frame:
         """The frame with some more charts."""

@@ -222,11 +222,12 @@ class ScanGeometry:
     def holds(self, xyz_mm: Points) -> bool:
         """Whether a place (3,) in RAS+ mm lies inside the volume, up to the outer faces of its voxels."""
         voxel = apply_affine(inverse(self.affine), xyz_mm)
-        return bool((voxel >= -0.5).all() and (voxel <= np.array(self.shape) - 0.5).all())
+        face = 0.5 + 1e-6  # a place on the border that was rounded is inside
+        return bool((voxel >= -face).all() and (voxel <= np.array(self.shape) - 1 + face).all())
 
     def corners_mm(self) -> Points:
-        """The centres (8, 3) of the voxels in the volume's corners, in RAS+ mm."""
-        ends = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1).reshape(-1, 3)
+        """The volume's corners (8, 3), where the outer faces of its voxels meet, in RAS+ mm."""
+        ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in self.shape], indexing="ij"), -1).reshape(-1, 3)
         return apply_affine(self.affine, ends)
 
 

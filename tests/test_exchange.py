@@ -34,6 +34,7 @@ from isimed_index.contracts import ViewName, conform
 from isimed_index.errors import (
     EncoderMismatch,
     Incompatible,
+    IsimedWarning,
     NotFound,
     OutsideScan,
     StoreDamaged,
@@ -631,7 +632,8 @@ def test_their_voxels_are_not_found_and_never_zeros(without_voxels: Store):
     assert stored.label_at((1, 1, 1)) is None
     with pytest.raises(NotFound, match="voxels of scan"):
         without_voxels.pretrain(preset="tiny")
-    report = without_voxels.index(stride_mm=8.0)
+    with pytest.warns(IsimedWarning, match="6 scans are stored at another stride"):
+        report = without_voxels.index(stride_mm=8.0)
     assert {refusal.kind for refusal in report.refused} == {"not_found"}
     assert not report.encoded
 

@@ -116,7 +116,11 @@ def test_a_finer_stride_is_encoded_anew_and_answers_from_then_on(store: Store):
     with pytest.raises(UsageError, match="multiple of the encoder's spacing"):
         store.index(stride_mm=5.0)
     coarse = store.snapshot.segments_by_scan(store.snapshot.segments()[0].encoder)
-    report = store.index(stride_mm=8.0, where="scan IN ('sub-02_T1w', 'sub-03_T1w')")
+    with (
+        pytest.warns(IsimedWarning, match="2 scans are stored at another stride .16 mm."),
+        pytest.warns(IsimedWarning, match="4 scans of the store stay at another stride .16 mm."),
+    ):
+        report = store.index(stride_mm=8.0, where="scan IN ('sub-02_T1w', 'sub-03_T1w')")
     assert sorted(report.encoded) == ["sub-02_T1w", "sub-03_T1w"]
     fine = store.snapshot.segments_by_scan(store.snapshot.segments()[0].encoder)
     assert fine["sub-02_T1w"].rows > 6 * coarse["sub-02_T1w"].rows
@@ -125,6 +129,7 @@ def test_a_finer_stride_is_encoded_anew_and_answers_from_then_on(store: Store):
     np.testing.assert_allclose(found.xyz_mm, COPIES[3].moved([10, 20, 30]), atol=0.01)
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ scans? (is stored|are stored|of the store stay) at another stride")
 def test_a_scan_has_one_segment_and_can_go_back_to_an_earlier_stride(store: Store):
     coarse = store.sql("SELECT count(*) AS n FROM patches").to_pylist()
     store.index(stride_mm=8.0, where="scan IN ('sub-02_T1w', 'sub-03_T1w')")
@@ -404,6 +409,7 @@ def test_damaged_voxels_are_refused_by_name_and_the_rest_is_encoded(store: Store
     assert len(done.encoded) == 5
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ scans? (is stored|are stored|of the store stay) at another stride")
 def test_a_disk_that_is_full_at_one_scan_costs_that_scan_until_the_next_run(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

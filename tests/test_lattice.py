@@ -219,8 +219,11 @@ def test_the_scans_geometry_is_read_without_the_scan(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.source_affine, SCAN.source_affine)
     corners = found.corners_mm()
     assert corners.shape == (8, 3)
-    assert found.holds(corners.mean(axis=0))
+    middle = corners.mean(axis=0)
+    np.testing.assert_allclose(middle, apply_affine(OBLIQUE, (np.array(SCAN.shape) - 1) / 2), atol=1e-9)
+    assert found.holds(middle)
     assert all(found.holds(corner) for corner in corners)
+    assert not any(found.holds(middle + 1.001 * (corner - middle)) for corner in corners)
     assert not found.holds(corners.min(axis=0) - 100)
 
 

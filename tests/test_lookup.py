@@ -214,7 +214,7 @@ def test_points_outside_of_the_scan(store: Store):
     with pytest.raises(OutsideScan):
         store.lookup([-1.0, 5.0, 5.0], ASKED, space="voxel")
     size = np.array(head().values.shape)
-    spans = "spans (0.0, 0.0, 0.0) to (" + ", ".join(f"{n:.1f}" for n in size - 1) + ")"
+    spans = "spans (-0.5, -0.5, -0.5) to (" + ", ".join(f"{n:.1f}" for n in size - 0.5) + ")"
     said = f"the point (-1.0, 5.0, 5.0) (voxel) lies outside the scan, which {spans}; in RAS mm it is"
     with pytest.raises(OutsideScan, match=re.escape(said)):
         store.lookup([-1.0, 5.0, 5.0], ASKED, space="voxel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -80,7 +81,18 @@ def test_a_cuboid_along_the_axes_of_its_space(
     inside = ((own >= low) & (own <= high)).all(axis=1)
     if (np.minimum(abs(own - low), abs(own - high)) < 2e-3).any():
         return
-    assert found(store, Cuboid(tuple(low), tuple(high), space, OBLIQUE.stem)) == set(mine.patch[inside])
+    cuboid = Cuboid(tuple(low), tuple(high), space, OBLIQUE.stem)
+    image = nib.load(cohort.images / f"{OBLIQUE.stem}.nii.gz")
+    faces = np.array(list(product(*[(-0.5, n - 0.5) for n in image.shape])))
+    corners = in_space(cohort, OBLIQUE.stem, nib.affines.apply_affine(image.affine, faces), space)
+    beyond = np.maximum(corners.min(axis=0) - high, low - corners.max(axis=0))  # how far each side lies outside
+    if (abs(beyond) < 2e-3).any():
+        return
+    if (beyond > 0).any():
+        with pytest.raises(OutsideScan, match="which spans"):
+            found(store, cuboid)
+    else:
+        assert found(store, cuboid) == set(mine.patch[inside])
 
 
 def test_a_centre_on_the_border_is_inside_though_it_was_rounded() -> None:

@@ -126,6 +126,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter that needs no further package
+@pytest.mark.filterwarnings("ignore:[0-9]+ scans are stored at another stride")
 def test_the_page_does_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cohort: Cohort
 ) -> None:

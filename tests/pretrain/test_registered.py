@@ -121,6 +121,7 @@ def test_copies_of_a_head_are_as_far_from_each_other_as_places_of_the_head() -> 
     assert np.abs(cdist(one, two) - cdist(one, one)).max() > 10  # a centroid takes out no rotation
 
 
+@pytest.mark.filterwarnings("ignore:the name:isimed_index.errors.IsimedNote")  # trained twice
 def test_a_training_measures_in_the_millimetres_of_the_reference(store: Path, drawn: list[Batch]) -> None:
     card = pretrain(store, REGISTERED)
     registered = list(drawn)
@@ -146,6 +147,7 @@ def test_a_training_measures_in_the_millimetres_of_the_reference(store: Path, dr
     assert seen == set(motions)  # two are trained on, and one is held out
 
 
+@pytest.mark.filterwarnings("ignore:the name:isimed_index.errors.IsimedNote")  # trained twice
 def test_of_two_kinds_the_one_that_is_named_is_taken(store: Path, drawn: list[Batch]) -> None:
     for copy in COPIES:
         place(store, copy.stem, np.diag([2.0, 2.0, 2.0, 1.0]) @ COMMON @ inverse(copy.motion), kind="affine")

@@ -23,7 +23,7 @@ from scipy.spatial.distance import pdist
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from isimed_index.config import Augmentation, PretrainConfig, pretrain_config
-from isimed_index.errors import ScanRefused, UsageError
+from isimed_index.errors import NotFound, ScanRefused, UsageError
 from isimed_index.grid import Box
 from isimed_index.pretrain import sampler
 from isimed_index.pretrain.sampler import Cohort, batches, draw, scans_of
@@ -319,7 +319,7 @@ def test_patches_of_the_paper_lie_inside_of_the_foregrounds_box() -> None:
 
 
 def test_no_scan_is_an_error_with_a_next_step() -> None:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(NotFound) as refused:
         Cohort([], 10**9)
     assert refused.value.next_step
 
@@ -373,10 +373,10 @@ def test_threads_give_way_to_the_training_and_nobody_else_does(monkeypatch: pyte
 
 def test_threads_that_wait_rest_soon_in_a_new_process(tmp_path: Path) -> None:
     program = (
-        "import os, sys, isimed_index; from isimed_index.errors import UsageError\n"
+        "import os, sys, isimed_index; from isimed_index.errors import NotFound\n"
         "store = isimed_index.create(sys.argv[1])\n"
         "try: store.pretrain(preset='tiny')\n"
-        "except UsageError: print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "except NotFound: print(os.environ.get('GOMP_SPINCOUNT'))\n"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "s.isimed"], capture_output=True, text=True)
     assert done.stdout.split() == ["1000"], done.stderr

@@ -88,7 +88,8 @@ def test_umap_draws_embeddings_beside_their_canonical_places(
 def test_umap_leaves_out_patches_that_have_no_canonical_place(cohort: Cohort, tmp_path: Path, monkeypatch):
     store = isi.open(shutil.copytree(cohort.store, tmp_path / "store"))
     monkeypatch.setattr("isimed_index.project.umap", lambda vectors, seed: vectors[:, :2].astype(np.float64))
-    monkeypatch.setattr("isimed_index.indexing._commit_frame_and_regions", lambda *_: None)  # as if killed before it
+    # As if killed before it.
+    monkeypatch.setattr("isimed_index.indexing._commit_frame_and_regions", lambda *_, **__: None)
     from cohorts import Copy, head, rigid, write_copy
 
     store.add(write_copy(tmp_path / "new", Copy("sub-09", "RAS", rigid(shift=(1, 1, 1))), head()))
