@@ -71,13 +71,13 @@ def single_ms(index: LiveIndex, queries: NDArray[np.float32], among: NDArray[np.
 
 def measure(n: int, dim: int, target: float) -> dict[str, object]:
     """One size."""
-    vectors, _ = position_like(n, dim, 0)
+    vectors, places = position_like(n, dim, 0)
     blocks = list(zip(np.array_split(np.arange(n), SCANS), np.array_split(vectors, SCANS), strict=True))
     exact = ExactIndex(blocks, "l2")
     fresh = position_like(QUERIES, dim, 1)[0].astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        card = build_index(Path(folder), blocks, "l2", target)
+        card = build_index(Path(folder), blocks, "l2", target, centres=places.astype(np.float32))
         build_s = time.perf_counter() - start
         chosen = LiveIndex.open(blocks, "l2", Path(folder))
     print(card.explain(), flush=True)

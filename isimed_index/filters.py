@@ -149,13 +149,12 @@ class Filters:
     @cached_property
     def _charts(self) -> Mapping[str, Affine]:
         """Patient RAS+ mm → canonical mm of the scans whose charts hold."""
-        path = self.snapshot.frame_path(self.card.id)
-        if path is None:
+        found = charts_that_hold(self.snapshot, self.card.id)
+        if found is None:
             raise NotFound(
                 f"encoder {self.card.name!r} has no canonical frame in this store", next_step="run isimed index first"
             )
-        charts = read_frame(path, self.snapshot.voxels_of).charts
-        return {scan: chart.affine for scan, chart in charts.items() if chart.holds}
+        return found
 
     def _number(self, scan: str) -> int:
         """Number of the segment of a scan."""
@@ -210,6 +209,15 @@ class Filters:
 
 # Centres are stored as float32: one on the border, as whole voxels and strides put it there, is inside.
 _BORDER_MM = 1e-3
+
+
+def charts_that_hold(snapshot: Snapshot, encoder_id: str) -> dict[str, Affine] | None:
+    """By scan, patient RAS+ mm → canonical mm; None where the encoder has no frame."""
+    path = snapshot.frame_path(encoder_id)
+    if path is None:
+        return None
+    charts = read_frame(path, snapshot.voxels_of).charts
+    return {scan: chart.affine for scan, chart in charts.items() if chart.holds}
 
 
 def _in_ball(ball: Ball, centres: NDArray[Any], source_affine: Affine | None = None) -> Mask:

@@ -39,6 +39,7 @@ from isimed_index.index.card import FORMAT_VERSION, IndexCard, row_ranges
 from isimed_index.index.goal import Goal
 from isimed_index.index.plan import build_index
 from isimed_index.ingest.report import Refusal
+from isimed_index.neighbours import Neighbours
 from isimed_index.planning import (
     IndexOptions,
     Wanted,
@@ -358,7 +359,12 @@ def _commit_index(transaction: Transaction, card: EncoderCard, goal: Goal) -> In
 
         def build(directory: Path) -> None:
             limits = (goal.min_recall, goal.max_ram_bytes)
-            cards.append(build_index(directory, blocks, card.metric, *limits, max_latency_ms=goal.max_latency_ms))
+            centres = Neighbours(snapshot, card.id).common_mm()
+            cards.append(
+                build_index(
+                    directory, blocks, card.metric, *limits, max_latency_ms=goal.max_latency_ms, centres=centres
+                )
+            )
 
         _commit_one(transaction, "index", build, card, covers=covers, instead_of=newest)
         return cards[0]

@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.encoders.card import EncoderCard, read_card
 from isimed_index.errors import NotFound
-from isimed_index.filters import Filters
+from isimed_index.filters import Filters, charts_that_hold
 from isimed_index.index.protocol import Hits
 from isimed_index.index.search import LiveIndex
 from isimed_index.places import Places
+from isimed_index.space import apply_affine
 from isimed_index.store.snapshot import Snapshot
 from isimed_index.within import Within
 
@@ -65,6 +66,19 @@ class Neighbours:
         """Over all living rows; told by a `StoreWarning` where it is damaged, and exact then."""
         blocks = self.places.blocks(self.card.match_output)
         return LiveIndex.open(blocks, self.card.metric, self.snapshot.index_path(self.card.id))
+
+    def common_mm(self) -> NDArray[np.float32]:
+        """Centres (n, 3) of all living patches by rising row id, as nearly in one frame as is known.
+
+        Canonical mm where the scan's chart holds; elsewhere RAS+ mm from the middle of the scan's patches.
+        """
+        charts = charts_that_hold(self.snapshot, self.card.id) or {}
+        centres = np.empty((len(self.places), 3), np.float32)
+        for number, scan in enumerate(self.scans):
+            own = self.places.centres_of(number)
+            common = apply_affine(charts[scan], own) if scan in charts else own - own.mean(axis=0)
+            centres[self.places.rows(number)] = common
+        return centres
 
     def search(
         self,

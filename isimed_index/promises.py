@@ -59,7 +59,7 @@ def _below(head: Snapshot, artefact: Artefact) -> Iterator[Finding]:
         return
     if live.index is None:
         return
-    below = [one for one in measure_again(live) if one.at_most < card.min_recall]
+    below = [one for one in measure_again(live, centres=neighbours.common_mm()) if one.at_most < card.min_recall]
     if below:
         measured = ", ".join(f"{one.recall:.4f} ({one.name})" for one in below)
         message = f"recall@10 is {measured}, and was promised to be {card.min_recall:g}"

@@ -17,6 +17,7 @@ import isimed_index as isi
 from isimed_index.api import Store
 from isimed_index.errors import NotFound, SqlRefused, UsageError
 from isimed_index.filters import Remembered
+from isimed_index.neighbours import Neighbours
 
 PLACE = ["x_mm", "y_mm", "z_mm"]
 
@@ -79,6 +80,20 @@ def test_places_scans_and_subjects_are_those_of_the_views(store: Store) -> None:
         shown = view[row["patch"]]
         assert (row["scan"], row["subject"]) == (shown["scan"], shown["subject"])
         assert [row[name] for name in PLACE] == pytest.approx([shown[name] for name in PLACE])
+
+
+def test_the_common_frame_is_the_canonical_one_where_there_is_a_chart(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = store.sql(
+        "SELECT patch, scan, x_mm, y_mm, z_mm, cx_mm, cy_mm, cz_mm FROM patches ORDER BY patch"
+    ).to_pandas()
+    neighbours = Neighbours(store.snapshot)
+    canonical = rows[[f"c{name}" for name in PLACE]].to_numpy()
+    np.testing.assert_allclose(neighbours.common_mm(), canonical, atol=1e-3)
+    monkeypatch.setattr("isimed_index.neighbours.charts_that_hold", lambda *_: None)
+    own = rows[PLACE] - rows.groupby("scan")[PLACE].transform("mean")
+    np.testing.assert_allclose(neighbours.common_mm(), own.to_numpy(), atol=1e-3)
 
 
 def test_one_vector_is_one_query_and_finds_itself_first(store: Store) -> None:

@@ -64,7 +64,7 @@ class Task:
         return np.load(self.folder / "vectors.npy", mmap_mode="r")  # type: ignore[no-any-return]
 
     def read(self, name: str) -> NDArray[Any]:
-        """A smaller array: `queries`, `truth`, `r` or `x`."""
+        """A smaller array: `queries`, `truth`, `centres`, `r` or `x`."""
         return np.load(self.folder / f"{name}.npy")  # type: ignore[no-any-return]
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
@@ -106,7 +106,7 @@ class Ours(Engine):
         from isimed_index.index.plan import build_index
 
         self.place.mkdir()
-        build_index(self.place, self._blocks(), "l2", self.task.recall)
+        build_index(self.place, self._blocks(), "l2", self.task.recall, centres=self.task.read("centres"))
 
     def open(self) -> None:
         from isimed_index.index.search import LiveIndex
@@ -448,6 +448,7 @@ def measure(rows: int, dim: int, recall: float, names: list[str]) -> dict[str, A
         rng = np.random.default_rng(3)
         vectors, points = position_like(rows, dim, 0)
         np.save(task.folder / "vectors.npy", vectors)
+        np.save(task.folder / "centres.npy", points.astype(np.float32))
         np.save(task.folder / "queries.npy", position_like(QUERIES, dim, 1)[0].astype(np.float32))
         np.save(task.folder / "r.npy", rng.uniform(size=rows))
         np.save(task.folder / "x.npy", points[:, 0])

@@ -27,7 +27,7 @@ from isimed_index.index.protocol import Block, Metric, RowIds
 from isimed_index.index.recall import AT, SURE, RecallTest
 from isimed_index.index.recipe import ram_bytes
 from isimed_index.index.search import LiveIndex
-from isimed_index.index.strata import Filter, Filters, Stratum
+from isimed_index.index.strata import Centres, Filter, Filters, Stratum
 from isimed_index.index.trials import choose
 from isimed_index.index.tune import live, reach_filters
 
@@ -44,25 +44,29 @@ def build_index(
     max_ram_bytes: int | None = None,
     seed: int = 0,
     max_latency_ms: float | None = None,
+    centres: Centres | None = None,
 ) -> IndexCard:
     """Build an index over `blocks` that reaches its goal, and write `index.faiss` and `index.json`.
 
     `max_ram_bytes` is of what stays in memory, `max_latency_ms` of a single query without filter, on this machine.
+    Recall under filters is measured with regions of the patches' `centres` (n, 3), mm, without them of the vectors.
     Raises `RecallBelowTarget` when no recipe within the limits reaches `min_recall`; then nothing is written.
     """
     goal = Goal(min_recall, max_ram_bytes, max_latency_ms)
     exact = ExactIndex(blocks, metric)
     if exact.dim is None:
         raise UsageError("there are no rows to index", next_step="encode a scan first")
+    if centres is not None and centres.shape != (len(exact), 3):
+        raise UsageError(f"expected centres of shape {(len(exact), 3)}, found {centres.shape}")
     samples = Samples.draw(exact, seed, is_small(len(exact), exact.dim))
     judge = RecallTest.prepare(exact, samples.judges)
     tuners = samples.tuners[:_FILTER_QUERIES]
-    tuning: Iterable[Filter] = Filters(exact, tuners, seed) if tuners.size else ()
+    tuning: Iterable[Filter] = Filters(exact, tuners, seed, centres) if tuners.size else ()
     tried, chosen = choose(exact, goal, samples, judge, tuning)
     index = reach_filters(chosen.index, tuning, goal.min_recall)
     costs = _costs(exact, index, samples.judges, seed)
     few = samples.judges[: _FILTER_QUERIES if index.recipe.lists else _FEW_QUERIES]
-    asked = Filters(exact, few, seed + 1)
+    asked = Filters(exact, few, seed + 1, centres)
     index, costs, strata = _contract(exact, index, costs, Filter("all", 1.0, judge), asked, goal.min_recall)
     directory.mkdir(parents=True, exist_ok=True)
     sha256 = index.save(directory)
@@ -90,7 +94,7 @@ def build_index(
     return card
 
 
-def measure_again(live: LiveIndex, seed: int = 2) -> tuple[Stratum, ...]:
+def measure_again(live: LiveIndex, seed: int = 2, centres: Centres | None = None) -> tuple[Stratum, ...]:
     """The recall contract of an index as it is now, over live rows, asked by other rows than when it was built.
 
     The bounds hold with a confidence of 95 % for all of it together: by Bonferroni's correction, as the same rows ask
@@ -101,7 +105,7 @@ def measure_again(live: LiveIndex, seed: int = 2) -> tuple[Stratum, ...]:
     asking = Samples.draw(exact, seed, small=not lists).judges
     judge = Filter("all", 1.0, RecallTest.prepare(exact, asking))
     few = asking[: _FILTER_QUERIES if lists else _FEW_QUERIES]
-    filters = Filters(exact, few, seed)
+    filters = Filters(exact, few, seed, centres)
     confidence = 1 - (1 - SURE) / (1 + len(filters))
     return tuple(one.measure(live, confidence) for one in chain([judge], filters))
 

@@ -1,18 +1,19 @@
 """The recall contract: recall@10 without filter and under filters of four sizes and three shapes.
 
     random   any rows                     the easy case: kept rows lie around every query
-    side     lowest along the main axis   one half of the body, one end of a scale
+    side     lowest along an axis         one half of the body, one end of a scale
     ball     nearest to one row           one organ; most queries ask from far away
 
 Embeddings follow position, so that a filter on position cuts a region out of them: an index that looks near the query
-alone finds next to nothing there.
+alone finds next to nothing there. Sides and balls are those of the patches' centres, which people filter by; where
+centres are not given, of the vectors, whose main axis is what an index keeps best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from isimed_index.index.protocol import Index, RowIds
 from isimed_index.index.recall import AT, SURE, RecallTest, at_least, at_most
 
 Shape = Literal["all", "random", "side", "ball"]
+Centres: TypeAlias = NDArray[np.float32]  # (n, 3) mm of all rows, block by block, in a frame that the scans share
 
 SHARES = (0.001, 0.01, 0.1, 0.5)
 _TIMED = 9  # queries asked one at a time, for the median
@@ -71,10 +73,10 @@ class Filters:
     truth, and a byte a row for each shape.
     """
 
-    def __init__(self, exact: ExactIndex, held_out: RowIds, seed: int) -> None:
+    def __init__(self, exact: ExactIndex, held_out: RowIds, seed: int, centres: Centres | None = None) -> None:
         self._exact = exact
         self._held_out = held_out
-        self._least = dict(_least_filters(exact, held_out, np.random.default_rng(seed)))
+        self._least = dict(_least_filters(exact, held_out, np.random.default_rng(seed), centres))
         self._truths: dict[tuple[Shape, float], RecallTest] = {}  # without the rows that are kept
 
     def __len__(self) -> int:
@@ -96,12 +98,17 @@ class Filters:
 
 
 def _least_filters(
-    exact: ExactIndex, held_out: RowIds, rng: np.random.Generator
+    exact: ExactIndex, held_out: RowIds, rng: np.random.Generator, centres: Centres | None
 ) -> Iterator[tuple[Shape, NDArray[np.uint8]]]:
     """By shape, the number (n,) of the smallest filter that keeps a row; that of no filter where none does."""
     row_ids = np.concatenate([ids for ids, _ in exact.blocks])
     orders: dict[Shape, NDArray[np.float32]] = {"random": rng.random(row_ids.size, dtype=np.float32)}
-    orders["side"], orders["ball"] = _heights(exact, held_out, int(rng.choice(row_ids)))
+    middle = int(rng.integers(row_ids.size))
+    if centres is None:
+        orders["side"], orders["ball"] = _heights(exact, held_out, int(row_ids[middle]))
+    else:
+        orders["side"] = centres[:, rng.integers(3)]
+        orders["ball"] = np.linalg.norm(centres - centres[middle], axis=1)
     for shape, order in orders.items():
         ranked = np.argsort(order, kind="stable")
         least = np.full(row_ids.size, len(SHARES), np.uint8)

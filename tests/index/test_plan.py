@@ -263,6 +263,23 @@ def test_filters_keep_what_they_say() -> None:
             assert vectors[kept].var(axis=0).sum() < 0.5 * vectors.var(axis=0).sum()
 
 
+def test_filters_cut_regions_out_of_the_centres_where_these_are_known(tmp_path: Path) -> None:
+    """The vectors know nothing of where the patches are, so that regions of the two have nothing in common."""
+    blocks = blocks_of(position_like(2_000))
+    centres = np.random.default_rng(1).uniform(-80, 80, (2_000, 3)).astype(np.float32)
+    made = list(Filters(ExactIndex(blocks, "l2"), np.arange(100, 160), 0, centres))
+    for one in made:
+        kept = one.test.among - 100
+        if one.shape == "side":
+            assert any(set(np.argsort(along)[: kept.size]) == set(kept) for along in centres.T)
+        if one.shape == "ball":
+            away = [np.linalg.norm(centres - middle, axis=1) for middle in centres[kept]]
+            assert any(np.sort(each)[kept.size - 1] >= each[kept].max() for each in away)
+    assert len(made) == 12
+    with pytest.raises(UsageError, match=r"expected centres of shape \(2000, 3\), found \(1999, 3\)"):
+        build_index(tmp_path, blocks, "l2", centres=centres[1:])
+
+
 def test_the_bound_is_below_the_mean_by_what_few_queries_may_err() -> None:
     """Of 2000 tests with 400 queries each, the bound is above the true mean in about 5 of 100."""
     rng = np.random.default_rng(4)
