@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isimed_index.errors import UsageError
+from isimed_index.index.halves import single
 from isimed_index.index.protocol import (
     Block,
     Hits,
@@ -33,7 +34,8 @@ from isimed_index.index.protocol import (
 Float = TypeVar("Float", bound=np.floating[Any])
 
 _QUERIES_AT_ONCE = 512
-_FLOATS_AT_ONCE = 1 << 24  # 64 MiB of float32: the most that one temporary array holds
+_FLOATS_AT_ONCE = 1 << 20  # 4 MiB of float32, the most that one temporary array holds: more leave the caches
+_DOUBLES_AT_ONCE = 1 << 18  # 2 MiB, which a core's cache holds: more took twice as long
 _SHORT = 1e-12  # vectors of at least this length are divided by it only after the product
 _ROWS_WORTH_A_BLOCK = 8  # rows of one block from which on they are gathered together
 _CROWD = 8  # a sieve that keeps more than this many times k rows a query is drawn tighter
@@ -69,7 +71,7 @@ class ExactIndex:
     def vectors(self, row_ids: ArrayLike) -> NDArray[np.float32]:
         """The vectors (n, d) of sorted row ids without repeats, all of which must be rows of this index."""
         wanted = checked_rows(row_ids)
-        found = [np.asarray(vectors, dtype=np.float32) for _, vectors in self.pieces(wanted)]
+        found = [single(vectors) for _, vectors in self.pieces(wanted)]
         return np.concatenate(found) if found else np.empty((0, self.dim or 0), dtype=np.float32)
 
     def pieces(self, among: RowIds | None, rows_at_once: int | None = None) -> Iterator[Block]:
@@ -79,6 +81,14 @@ class ExactIndex:
             for (row_ids, _), vectors in zip(self.blocks, self._plain, strict=True):
                 for start in range(0, row_ids.size, step):
                     yield row_ids[start : start + step], vectors[start : start + step]
+            return
+        if among.size < _ROWS_WORTH_A_BLOCK * len(self.blocks):
+            blocks, places = self._whereabouts(among)
+            there = blocks >= 0
+            row_ids, blocks, places = among[there], blocks[there], places[there]
+            for start in range(0, row_ids.size, step):
+                some = slice(start, start + step)
+                yield row_ids[some], self._gather(blocks[some], places[some])
             return
         for number, places in self._kept(among):
             for start in range(0, places.size, step):
@@ -124,7 +134,7 @@ class ExactIndex:
         if not there.all():
             numbers, wanted, blocks, places = numbers[there], wanted[there], blocks[there], places[there]
         distances = np.empty(wanted.size, dtype=np.float32)
-        step = max(1, _FLOATS_AT_ONCE // 4 // max(asked.shape[1], 1))
+        step = max(1, _FLOATS_AT_ONCE // max(asked.shape[1], 1))
         for start in range(0, wanted.size, step):
             some = slice(start, start + step)
             found = self._gather(blocks[some], places[some])
@@ -154,18 +164,16 @@ class ExactIndex:
         sizes = np.where(self._gaps, self._sizes, 0)
         return row_ids, np.cumsum(sizes) - sizes
 
-    def _gather(self, blocks: NDArray[np.intp], places: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Vectors (p, d) from several blocks."""
-        first = blocks[0]
-        if (blocks == first).all():
-            return np.asarray(self._plain[first][places], dtype=np.float64)
-        owners = np.unique(blocks)
+    def _gather(self, blocks: NDArray[np.intp], places: NDArray[np.intp]) -> Vectors:
+        """Vectors (p, d) from several blocks, as they are stored."""
+        order = np.lexsort((places, blocks))  # rows that lie near each other are read together
+        owners, starts = np.unique(blocks[order], return_index=True)
         if owners.size * _ROWS_WORTH_A_BLOCK > blocks.size:  # few rows of many scans: a loop over rows is quicker
-            rows = [self._plain[block][place] for block, place in zip(blocks.tolist(), places.tolist(), strict=True)]
-            return np.asarray(np.stack(rows), dtype=np.float64)
-        found = np.empty((blocks.size, self.dim or 0))
-        for block in owners:
-            mine = np.flatnonzero(blocks == block)
+            rows = zip(blocks.tolist(), places.tolist(), strict=True)
+            return np.stack([self._plain[block][place] for block, place in rows])
+        kinds = {self._plain[block].dtype for block in owners.tolist()}
+        found: Vectors = np.empty((blocks.size, self.dim or 0), np.result_type(*kinds))
+        for block, mine in zip(owners.tolist(), np.split(order, starts[1:]), strict=True):
             found[mine] = self._plain[block][places[mine]]
         return found
 
@@ -173,7 +181,7 @@ class ExactIndex:
         best = nothing(queries.shape[0], k)
         step = max(1, _FLOATS_AT_ONCE // max(queries.shape))
         for row_ids, vectors in _joined(self.pieces(rows, step), step):
-            block = np.asarray(vectors, dtype=np.float32)
+            block = single(vectors)
             numbers, places = _sieve(queries, block, best.distances[:, -1], k, self.metric)
             distances = _pair_distances(queries, vectors, numbers, places, self.metric)
             best = merge([best, select_nearest(queries.shape[0], k, numbers, row_ids[places], distances)], k)
@@ -251,24 +259,29 @@ def _pair_distances(
 ) -> NDArray[np.float32]:
     """Distances (p,) between queries[numbers] and vectors[places], computed in float64."""
     distances = np.empty(numbers.size, dtype=np.float32)
-    step = max(1, _FLOATS_AT_ONCE // 4 // max(queries.shape[1], 1))
+    step = max(1, _FLOATS_AT_ONCE // max(queries.shape[1], 1))
     for start in range(0, numbers.size, step):
         some = slice(start, start + step)
-        found = np.asarray(vectors[places[some]], dtype=np.float64)
-        distances[some] = _distances(queries, numbers[some], found, metric)
+        distances[some] = _distances(queries, numbers[some], vectors[places[some]], metric)
     return distances
 
 
 def _distances(
-    queries: NDArray[np.float64], numbers: NDArray[np.intp], found: NDArray[np.float64], metric: Metric
+    queries: NDArray[np.float64], numbers: NDArray[np.intp], found: Vectors, metric: Metric
 ) -> NDArray[np.float32]:
-    """Distances (p,) between queries[numbers] and `found` (p, d), in float64."""
-    if metric == "cosine":
-        cosine = np.einsum("pd,pd->p", unit_length(queries)[numbers], unit_length(found))
-        away: NDArray[np.float32] = np.maximum(1 - cosine, 0).astype(np.float32)
-        return away
-    apart = queries[numbers] - found
-    return np.asarray(np.sqrt(np.einsum("pd,pd->p", apart, apart)), dtype=np.float32)
+    """Distances (p,) between queries[numbers] and `found` (p, d), computed in float64."""
+    asked = unit_length(queries) if metric == "cosine" else queries
+    distances = np.empty(numbers.size, dtype=np.float32)
+    step = max(1, _DOUBLES_AT_ONCE // max(queries.shape[1], 1))
+    for start in range(0, numbers.size, step):
+        some = slice(start, start + step)
+        near = found[some].astype(np.float64)
+        if metric == "cosine":
+            distances[some] = np.maximum(1 - np.vecdot(asked[numbers[some]], unit_length(near)), 0)
+        else:
+            near -= asked[numbers[some]]
+            distances[some] = np.sqrt(np.vecdot(near, near))
+    return distances
 
 
 def unit_length(vectors: NDArray[Float]) -> NDArray[Float]:

@@ -61,6 +61,7 @@ class LiveIndex:
         self._covered = _joined([ours for _, ours in alive])
         self._tail = _joined([np.setdiff1d(row_ids, ours, assume_unique=True) for row_ids, ours in alive])
         self._dead = index is not None and len(index) != self._covered.size
+        self._last_kept: Kept | None = None
 
     @classmethod
     def open(cls, blocks: Sequence[Block], metric: Metric, directory: Path | None) -> LiveIndex:
@@ -112,7 +113,7 @@ class LiveIndex:
     def _by_index(self, index: FaissIndex, asked: NDArray[np.float64], k: int, rows: RowIds | None) -> Hits:
         """The nearest of the rows that the index covers, ranked by the stored vectors; some queries at a time."""
         allowed = self._allowed(rows)
-        kept = index.keep(allowed) if isinstance(allowed, np.ndarray) and allowed.size else allowed
+        kept = self._kept(index, allowed) if isinstance(allowed, np.ndarray) and allowed.size else allowed
         fetch = min(index.recipe.rows_fetched(k, filtered=kept is not None), max(k, len(index)))
         step = max(1, _ROWS_AT_ONCE // fetch)
         parts = []
@@ -126,6 +127,16 @@ class LiveIndex:
         return Hits(
             *(np.concatenate([getattr(part, name) for part in empty + parts]) for name in ("row_ids", "distances"))
         )
+
+    def _kept(self, index: FaissIndex, allowed: RowIds) -> Kept:
+        """A filter made ready for the index; that of the last search is kept, as many questions share one.
+
+        Rows that were changed in place since would be of the filter of before: answers are checked by `_only`.
+        """
+        last = self._last_kept
+        if last is None or last.rows is not allowed:
+            self._last_kept = last = index.keep(allowed)
+        return last
 
     def _exactly(self, rows: RowIds | None, queries: int) -> bool:
         return rows is not None and self.costs.exact_is_cheaper(rows.size, queries)

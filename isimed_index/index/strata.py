@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from isimed_index.index.costs import best_ms
 from isimed_index.index.exact import ExactIndex, unit_length
+from isimed_index.index.halves import single
 from isimed_index.index.protocol import Index, RowIds
 from isimed_index.index.recall import AT, SURE, RecallTest, at_least, at_most
 
@@ -124,7 +125,7 @@ def _heights(exact: ExactIndex, held_out: RowIds, centre: int) -> tuple[NDArray[
     middle = exact.vectors([centre])
     height, away = [], []
     for _, vectors in exact.pieces(None):
-        plain = np.asarray(vectors, dtype=np.float32)
+        plain = single(vectors)
         # Not by BLAS, which may tell of invalid values where there are none: in what lies behind a short row.
         height.append(np.einsum("nd,d->n", plain, axis))
         if exact.metric == "cosine":
