@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cohorts import segment_vectors, shifted_heads
+from started import Started
 
 import isimed_index as isi
 from isimed_index.store.repository import Repository
 
 SCANS = 12
-
-
-def isimed(*arguments: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "isimed_cli.main", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def test_index_goes_on_where_it_was_stopped(
     store: Path, undisturbed: dict[str, dict[str, bytes]], number: signal.Signals
 ):
     told = store.with_name("report.json")
-    process = isimed("index", "-s", str(store), "--no-progress", "--report", str(told))
+    process = Started("index", "-s", str(store), "--no-progress", "--report", str(told))
     deadline = time.monotonic() + 60
     while not segments(store) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -83,7 +70,7 @@ def test_index_goes_on_where_it_was_stopped(
     assert after.info()["patches"] == sum(segment.rows for segment in after.snapshot.segments()) > 0
     assert {segment.encoder for segment in after.snapshot.segments()} == {after.snapshot.segments()[0].encoder}
 
-    again = isimed("index", "-s", str(store), "--no-progress", "--json")
+    again = Started("index", "-s", str(store), "--no-progress", "--json")
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     report = json.loads(output)
@@ -110,7 +97,7 @@ def test_an_add_that_is_killed_leaves_whole_batches(tmp_path: Path):
     for n in range(64):
         tiny_scan(tmp_path / "in" / f"s{n:02d}.nii", n, (24, 24, 24))
     isi.create(tmp_path / "store")
-    process = isimed("add", str(tmp_path / "in"), "-s", str(tmp_path / "store"), "--no-progress")
+    process = Started("add", str(tmp_path / "in"), "-s", str(tmp_path / "store"), "--no-progress")
     repository = Repository.open(tmp_path / "store")
     while repository.head() == 0 and process.poll() is None:
         time.sleep(0.005)

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 from cohorts import add_random_encoder, tiny_scan
 from safetensors import SafetensorError, safe_open
+from started import Started
 
 import isimed_index as isi
 from isimed_cli.main import main
@@ -109,15 +108,9 @@ def pretrain(store: Path, config: Path, resume: bool = False, progress: Silent |
     return card.id
 
 
-def start(store: Path, config: Path) -> subprocess.Popen[str]:
+def start(store: Path, config: Path) -> Started:
     arguments = ["-s", str(store), "--preset", "tiny", "--config", str(config), "--device", "cpu", "--no-progress"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "isimed_cli.main", "pretrain", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Started("pretrain", *arguments)
 
 
 def saved_step(store: Path) -> int:
@@ -131,7 +124,7 @@ def saved_step(store: Path) -> int:
     return -1
 
 
-def wait_until(store: Path, process: subprocess.Popen[str], step: int) -> None:
+def wait_until(store: Path, process: Started, step: int) -> None:
     while saved_step(store) < step and process.poll() is None:
         time.sleep(0.02)
 

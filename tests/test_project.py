@@ -46,19 +46,22 @@ def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "isimed-index[plot]" in caught.value.next_step
 
 
-# Interpreted: compiling UMAP takes half a minute, sixty points a few seconds. `make demo` runs it compiled.
+# Interpreted: compiling UMAP takes half a minute, 32 points a few seconds. `make demo` runs it compiled.
 UMAP_TWICE = """
 import sys
+from functools import partial
 import numpy as np
+import umap as package
 from isimed_index.project import umap
+package.UMAP = partial(package.UMAP, n_epochs=100)
 vectors = np.load(sys.argv[1])
 np.save(sys.argv[2], [umap(vectors, seed=3), umap(vectors, seed=3)])
 """
 
 
 def test_umap_separates_two_clusters(tmp_path: Path) -> None:
-    centres = np.repeat([0.0, 8.0], 30)[:, None]
-    np.save(tmp_path / "vectors.npy", (centres + RNG.normal(size=(60, 64))).astype(np.float32))
+    centres = np.repeat([0.0, 8.0], 16)[:, None]
+    np.save(tmp_path / "vectors.npy", (centres + RNG.normal(size=(32, 64))).astype(np.float32))
     done = subprocess.run(
         [sys.executable, "-c", UMAP_TWICE, str(tmp_path / "vectors.npy"), str(tmp_path / "seen.npy")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_DISABLE_JIT": "1"},
@@ -68,7 +71,7 @@ def test_umap_separates_two_clusters(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     seen, again = np.load(tmp_path / "seen.npy")
-    first, second = seen[:30], seen[30:]
+    first, second = seen[:16], seen[16:]
     spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in (first, second))
     assert np.linalg.norm(first.mean(axis=0) - second.mean(axis=0)) > 2 * spread
     np.testing.assert_array_equal(seen, again)

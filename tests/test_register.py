@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
@@ -41,6 +43,15 @@ def coarse():
         yield
 
 
+@contextmanager
+def coarser() -> Iterator[None]:
+    """Working images of 5 mm: half the time again, where no half millimetre is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_VOXELS", 30_000)
+        patch.setattr(images, "COARSEST_MM", 5.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_heads(tmp_path_factory.mktemp("heads"))
@@ -49,7 +60,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def registered(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the heads, registered to their mean in two rounds; treat it as read-only."""
-    return register_heads(files, tmp_path_factory.mktemp("registered") / "cohort.isimed")
+    with coarser():
+        return register_heads(files, tmp_path_factory.mktemp("registered") / "cohort.isimed")
 
 
 @pytest.fixture
@@ -123,7 +135,7 @@ def test_oblique_anisotropic_cropped_scans_land_on_an_atlas(tmp_path: Path, kind
     options = CohortOptions(
         amplitude_mm=0, degrees=15, scale=scale, oblique_degrees=12, spacing_mm=(3.0, 5.0), crop=0.15, noise=0.02
     )
-    truth = deformed_cohort(template, 4, 3, tmp_path / "images", options=options)
+    truth = deformed_cohort(template, 3, 3, tmp_path / "images", options=options)
     store = added(tmp_path / "s", *sorted((tmp_path / "images").glob("*.nii.gz")))
     done = store.register(to=atlas, kind=kind, workers=2)
     assert done.refused == []
@@ -275,14 +287,15 @@ def test_sql_joins_transforms_and_labels(registered: Path):
 @pytest.mark.real
 @pytest.mark.timeout(900)
 def test_real_heads_come_closer(real_data: Path, tmp_path: Path):
-    images_at = sorted((real_data / "ixi" / "t1").glob("*.nii.gz"))[::25]
+    images_at = sorted((real_data / "ixi" / "t1").glob("*.nii.gz"))[::30]
     for image in images_at:
         shutil.copy(image, tmp_path)
         seg = next((real_data / "ixi" / "seg").glob(image.name.split("_T1")[0] + "*"))
         shutil.copy(seg, tmp_path / image.name.replace(".nii.gz", "_seg.nii.gz"))
     store = isi.create(tmp_path / "cohort.isimed")
     store.add(sorted(tmp_path.glob("*_T1.nii.gz")), labels="{stem}_seg.nii.gz")
-    assert store.register(workers=2).refused == []
+    with coarser():
+        assert store.register(workers=2).refused == []
     by_scan: dict[str, dict[int, np.ndarray]] = {}
     for row in store.snapshot.table("labels").to_pylist():
         by_scan.setdefault(row["scan"], {})[row["label"]] = np.array([row[name] for name in ("x_mm", "y_mm", "z_mm")])
@@ -295,4 +308,4 @@ def test_real_heads_come_closer(real_data: Path, tmp_path: Path):
     ]
     print(f"{len(by_scan)} heads, {len(shared)} regions: {apart[0]:.1f} mm before, {apart[1]:.1f} mm after")
     assert apart[0] > 10
-    assert apart[1] < 8.0  # measured: 7.0 here, 7.4 at 3 mm; 12.2 by centroids alone, 4.7 if the regions were fitted
+    assert apart[1] < 8.0  # measured: 5.5
