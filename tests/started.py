@@ -22,7 +22,7 @@ class Started:
     def __init__(self, *arguments: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._said = [Path(self._folder.name) / name for name in ("output", "errors")]
-        self._process = _CONTEXT.Process(target=_isimed, args=(arguments, self._said))
+        self._process = _CONTEXT.Process(target=_isimed, args=(arguments, self._said), daemon=True)
         self._process.start()
 
     @property
