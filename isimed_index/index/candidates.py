@@ -45,7 +45,7 @@ def intrinsic(
     target = (1 + min_recall) / 2
     plain = _depths(exact, axes, test)
     dims = {depth: plain.least(depth * ASKED, target) for depth in _DEPTHS}
-    told = (one.test for one in filters if one.shape in ("side", "ball") and one.share >= _TELLING)
+    told = (one.test for one in filters if one.shape != "random" and one.share >= _TELLING)
     least = max((_depths(exact, axes, one).least(_DEPTHS[-1] * ASKED, target) for one in told), default=0)
     return {depth: max(found, least) for depth, found in dims.items()}
 

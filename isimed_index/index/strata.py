@@ -1,8 +1,9 @@
-"""The recall contract: recall@10 without filter and under filters of four sizes and three shapes.
+"""The recall contract: recall@10 without filter and under filters of four sizes and several shapes.
 
-    random   any rows                     the easy case: kept rows lie around every query
-    side     lowest along an axis         one half of the body, one end of a scale
-    ball     nearest to one row           one organ; most queries ask from far away
+    random                     any rows               the easy case: kept rows lie around every query
+    left, posterior, inferior  one end of an axis     one half of the body, one end of a scale
+    side                       the same without centres, along the main axis of the vectors
+    ball                       nearest to one row     one organ; most queries ask from far away
 
 Embeddings follow position, so that a filter on position cuts a region out of them: an index that looks near the query
 alone finds next to nothing there. Sides and balls are those of the patches' centres, which people filter by; where
@@ -24,7 +25,7 @@ from isimed_index.index.halves import single
 from isimed_index.index.protocol import Index, RowIds
 from isimed_index.index.recall import AT, SURE, RecallTest, at_least, at_most
 
-Shape = Literal["all", "random", "side", "ball"]
+Shape = Literal["all", "random", "left", "posterior", "inferior", "side", "ball"]
 Centres: TypeAlias = NDArray[np.float32]  # (n, 3) mm of all rows, block by block, in a frame that the scans share
 
 SHARES = (0.001, 0.01, 0.1, 0.5)
@@ -45,7 +46,7 @@ class Stratum:
 
     @property
     def name(self) -> str:
-        """Such as `all`, or `side 10%`."""
+        """Such as `all`, or `left 0.1`."""
         return self.shape if self.shape == "all" else f"{self.shape} {self.share:.3g}"
 
 
@@ -108,7 +109,7 @@ def _least_filters(
     if centres is None:
         orders["side"], orders["ball"] = _heights(exact, held_out, int(row_ids[middle]))
     else:
-        orders["side"] = centres[:, rng.integers(3)]
+        orders |= zip(("left", "posterior", "inferior"), centres.T, strict=True)
         orders["ball"] = np.linalg.norm(centres - centres[middle], axis=1)
     for shape, order in orders.items():
         ranked = np.argsort(order, kind="stable")

@@ -268,14 +268,16 @@ def test_filters_cut_regions_out_of_the_centres_where_these_are_known(tmp_path: 
     blocks = blocks_of(position_like(2_000))
     centres = np.random.default_rng(1).uniform(-80, 80, (2_000, 3)).astype(np.float32)
     made = list(Filters(ExactIndex(blocks, "l2"), np.arange(100, 160), 0, centres))
+    along = dict(zip(("left", "posterior", "inferior"), centres.T, strict=True))
+    shapes = ("random", *along, "ball")
+    assert [(one.shape, one.share) for one in made] == [(shape, share) for shape in shapes for share in SHARES]
     for one in made:
         kept = one.test.among - 100
-        if one.shape == "side":
-            assert any(set(np.argsort(along)[: kept.size]) == set(kept) for along in centres.T)
+        if one.shape in along:
+            assert set(np.argsort(along[one.shape])[: kept.size]) == set(kept)
         if one.shape == "ball":
             away = [np.linalg.norm(centres - middle, axis=1) for middle in centres[kept]]
             assert any(np.sort(each)[kept.size - 1] >= each[kept].max() for each in away)
-    assert len(made) == 12
     with pytest.raises(UsageError, match=r"expected centres of shape \(2000, 3\), found \(1999, 3\)"):
         build_index(tmp_path, blocks, "l2", centres=centres[1:])
 
