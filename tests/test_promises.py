@@ -104,7 +104,7 @@ def test_all_filters_of_a_check_hold_together(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_known_of_an_index(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     card = store.index_card()
     (shown,) = store.info()["indexes"]
-    assert shown["recall"]["side 0.1"] == 1.0
+    assert shown["recall"]["left 0.1"] == 1.0
     assert (shown["ms"], shown["memory_bytes"]) == (card.ms, card.resident_bytes)
     assert main(["index", "--explain", "--store", str(store.path)]) == 0
     assert capsys.readouterr().out.strip() == card.explain()
