@@ -82,9 +82,9 @@ class IndexCard:
         if self.strata:
             lines += [
                 "",
-                f"{'filter':<14}{'recall':>8}{'at least':>10}{'ms':>8}  of other queries than it was tuned on",
+                f"{'filter':<16}{'recall':>8}{'at least':>10}{'ms':>8}  of other queries than it was tuned on",
             ]
-            lines += [f"{one.name:<14}{one.recall:>8.4f}{one.at_least:>10.4f}{one.ms:>8.2f}" for one in self.strata]
+            lines += [f"{one.name:<16}{one.recall:>8.4f}{one.at_least:>10.4f}{one.ms:>8.2f}" for one in self.strata]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
