@@ -98,7 +98,7 @@ def measure_again(live: LiveIndex, seed: int = 2, centres: Centres | None = None
     """The recall contract of an index as it is now, over live rows, asked by other rows than when it was built.
 
     The bounds hold with a confidence of 95 % for all of it together: by Bonferroni's correction, as the same rows ask
-    under every filter. Each at 95 % by itself, one of 13 would be wrong in up to half of all checks of sound indexes.
+    under every filter. Each at 95 % by itself, one of 21 would be wrong in up to 66 % of checks of sound indexes.
     """
     exact = live.exact
     lists = live.index is not None and live.index.recipe.lists > 0
