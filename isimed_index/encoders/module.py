@@ -14,6 +14,7 @@ from torch import nn
 from isimed_index.encoders.card import EncoderCard
 from isimed_index.encoders.networks import Network, build_network
 from isimed_index.encoders.runtimes.exact import exact_float32
+from isimed_index.encoders.runtimes.prepared import keep_few
 from isimed_index.encoders.trust import said_by, trusted_factory
 from isimed_index.encoders.weights import check_fit, forms_of, read_forms, read_weights
 from isimed_index.errors import EncoderMismatch
@@ -38,6 +39,7 @@ def our_network(card: EncoderCard, weights: Path) -> Network:
     state = read_weights(weights, str(card.weights_sha256), _whose(card))
     network = _built(card)
     network.load_state_dict(state)
+    keep_few(network)
     return network
 
 
