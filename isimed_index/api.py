@@ -1,6 +1,6 @@
 """The Python API: one `Store` with the words of the command line.
 
-create / open ─▶ Store.add ─▶ (register) ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · sql · evaluate · plot
+create / open ─▶ Store.add ─▶ (register) ─▶ Store.pretrain ─▶ Store.index ─▶ Store.lookup · propagate · sql · …
                  ├── exchange: export · export_scan · import_ · export_encoder · import_encoder
                  └── upkeep: delete · compact · gc · tag · restore · check · repair · purge
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from isimed_index.indexing import IndexReport
     from isimed_index.lookup import Lookup, Source
     from isimed_index.matches import Matches, SameSubject
+    from isimed_index.propagate import Propagated
     from isimed_index.register.align import Kind
     from isimed_index.register.cohort import RegisterReport
     from isimed_index.similar import Pooling
@@ -465,6 +466,42 @@ class Store:
         question = Question(k, where, within_mm, same_subject, cycle)
         lookup = self._lookup(encoder)
         return lookup.nearest(self._source(lookup, scan), _triple(point), space, question)
+
+    def propagate(
+        self,
+        landmarks: FilePath | Mapping[str, PointLike],
+        scan: FilePath,
+        space: Space | None = None,
+        where: str | None = None,
+        same_subject: SameSubject = "include",
+        cycle: bool = False,
+        encoder: str | None = None,
+        progress: Progress | None = None,
+    ) -> Propagated:
+        """Find the landmarks of one scan in all others; `write` of the answer makes files for 3D Slicer and a table.
+
+        Args:
+            landmarks: a file of 3D Slicer (.mrk.json, .fcsv), a table (.csv, .tsv) with the columns name, x, y, z, or
+                points by name.
+            scan: the scan that they were placed in: a stored scan's id, or the path of a file that need not be stored.
+            space: of a table or of points by name: `ras` (by default) or `lps` mm, `voxel` of the source file, or
+                `canonical` mm. Files of 3D Slicer say theirs.
+            where: SQL over `scans` that chooses which scans may answer.
+            same_subject: what to do with other scans of the scan's own subject.
+            cycle: match every answer back and report the distance in `cycle_mm`.
+        """
+        from isimed_index.landmarks import Landmarks, read_landmarks
+        from isimed_index.lookup import Question
+        from isimed_index.propagate import propagate
+
+        if isinstance(landmarks, Mapping):
+            points = {name: _triple(point) for name, point in landmarks.items()}
+            placed = Landmarks(points, space or "ras")
+        else:
+            placed = read_landmarks(Path(landmarks), space)
+        lookup = self._lookup(encoder)
+        question = Question(where=where, same_subject=same_subject, cycle=cycle)
+        return propagate(lookup, self._source(lookup, scan), placed, question, progress)
 
     def search_patches(
         self,

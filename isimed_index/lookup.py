@@ -107,12 +107,19 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a point was found in one scan."""
+class Found:
+    """Where a point lies in one scan, and what speaks for it.
+
+    `distance` is that of the descriptors, infinite where none is stored; `residual_mm` how far the matches around it
+    are from the local fit; `away_mm` how far it is from where the charts alone put it, in canonical mm.
+    """
 
     xyz_mm: Point
     distance: float
     residual_mm: float
+    away_mm: float
+    in_view: bool
+    cycle_mm: float | None = None
 
 
 class Lookup:
@@ -219,26 +226,14 @@ class Lookup:
     def nearest(self, source: Source, point: Sequence[float], space: Space, question: Question) -> Matches:
         """One best match per scan, ranked by descriptor distance; scans that do not show the place come last."""
         at = source.point_mm(point, space)
-        canonical = apply_affine(source.chart.affine, at)
-        asked = self._descriptor(source, at)
-        if not source.chart.holds:
-            warnings.warn(
-                f"the scan does not look like the cohort that {self.card.name!r} was indexed on (agreement "
-                f"{source.chart.agreement:.2f}): no answer is in view. Next: isimed index with scans of its kind",
-                StoreWarning,
-                stacklevel=3,
-            )
-        rows = []
-        for scan, subject in self._targets(source, question):
-            chart = self.frame.charts[scan]
-            place = self._locate(source, scan, at, asked)
-            away = float(np.linalg.norm(apply_affine(chart.affine, place.xyz_mm) - canonical))
-            if question.within_mm is not None and away > question.within_mm:
-                continue
-            seen = source.chart.holds and chart.holds and self.geometry(scan).holds(place.xyz_mm)
-            back = self._cycle(source, scan, place, at) if question.cycle else None
-            rows.append((not seen, place.distance, scan, subject, place, seen, back))
-        rows.sort(key=lambda row: row[:3])
+        asked = self.descriptor(source, at)
+        self.warn_if_odd(source)
+        rows: list[tuple[str, str, Found]] = []
+        for scan, subject in self.targets(source, question):
+            found = self.find(source, at, asked, scan, self.lattice(scan), cycle=question.cycle)
+            if question.within_mm is None or found.away_mm <= question.within_mm:
+                rows.append((scan, subject, found))
+        rows.sort(key=lambda row: (not row[2].in_view, row[2].distance, row[0]))
         return Matches(self._columns(rows[: question.k], space), self._asked(source, at))
 
     def nearest_patches(
@@ -246,13 +241,40 @@ class Lookup:
     ) -> Matches:
         """The raw nearest stored patches, several of which may be in one scan."""
         at = source.point_mm(point, space)
-        asked = self.frame.standard.raw(self._descriptor(source, at)[None])
-        targets = dict(self._targets(source, question))
+        asked = self.frame.standard.raw(self.descriptor(source, at)[None])
+        targets = dict(self.targets(source, question))
         among = self._rows_within(source, at, targets, question.within_mm)
         hits = self.neighbours.index.search(asked, question.k, among, exact=exact)
         return Matches(self._patch_columns(hits.row_ids[0], hits.distances[0], targets, space), self._asked(source, at))
 
-    def _targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
+    def warn_if_odd(self, source: Source) -> None:
+        """Warn when a scan's chart does not hold, so that nothing asked from it can be in view."""
+        if not source.chart.holds:
+            warnings.warn(
+                f"the scan does not look like the cohort that {self.card.name!r} was indexed on (agreement "
+                f"{source.chart.agreement:.2f}): no answer is in view. Next: isimed index with scans of its kind",
+                StoreWarning,
+                stacklevel=4,
+            )
+
+    def find(
+        self, source: Source, at: Point, asked: Vectors, scan: str, lattice: Lattice, *, cycle: bool = False
+    ) -> Found:
+        """Where a point of `source` (RAS+ mm), whose descriptor is `asked`, lies in a scan with this lattice."""
+        chart = self.frame.charts[scan]
+        there, residual = follow(at, source.lattice, source.chart, lattice, chart)
+        vectors, weight = lattice.sample(there[None])
+        distance = float(self.frame.standard.distance(asked[None], vectors)[0]) if weight[0] > 0 else float("inf")
+        expected = apply_affine(source.chart.affine, at)
+        away = float(np.linalg.norm(apply_affine(chart.affine, there) - expected))
+        seen = source.chart.holds and chart.holds and self.geometry(scan).holds(there)
+        came_back = None
+        if cycle:
+            back, _ = follow(there, lattice, chart, source.lattice, source.chart)
+            came_back = float(np.linalg.norm(back - at))
+        return Found(there, distance, residual, away, seen, came_back)
+
+    def targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""
         if question.same_subject == "only" and source.subject is None:
             raise UsageError(
@@ -269,7 +291,7 @@ class Lookup:
                 chosen.append((scan, subject))
         return chosen
 
-    def _descriptor(self, source: Source, at: Point) -> Vectors:
+    def descriptor(self, source: Source, at: Point) -> Vectors:
         """The unit vector (d,) at a point, between the stored patches, or of the nearest one."""
         vectors, weight = source.lattice.sample(at[None])
         if weight[0] > 0:
@@ -286,27 +308,16 @@ class Lookup:
         x, y, z = map(float, at)
         return Asked(source.scan, (x, y, z), self.card.id, self.snapshot.generation)
 
-    def _locate(self, source: Source, scan: str, at: Point, asked: Vectors) -> Place:
-        target = self.lattice(scan)
-        found, residual = follow(at, source.lattice, source.chart, target, self.frame.charts[scan])
-        vectors, weight = target.sample(found[None])
-        distance = float(self.frame.standard.distance(asked[None], vectors)[0]) if weight[0] > 0 else float("inf")
-        return Place(found, distance, residual)
-
-    def _cycle(self, source: Source, scan: str, place: Place, at: Point) -> float:
-        """How far the match of the match lies from where the question was asked, in mm."""
-        back, _ = follow(place.xyz_mm, self.lattice(scan), self.frame.charts[scan], source.lattice, source.chart)
-        return float(np.linalg.norm(back - at))
-
-    def _columns(self, rows: Sequence[tuple[Any, ...]], space: Space) -> dict[str, list[Any]]:
+    def _columns(self, rows: Sequence[tuple[str, str, Found]], space: Space) -> dict[str, list[Any]]:
         columns = _empty_columns(_MATCH_COLUMNS, space)
-        for _, distance, scan, subject, place, seen, back in rows:
-            found = self._place_columns(scan, place.xyz_mm, space)
-            found |= {"scan": scan, "subject": subject, "distance": _finite(distance), "in_view": seen}
+        for scan, subject, found in rows:
+            row = self._place_columns(scan, found.xyz_mm, space)
+            row |= {"scan": scan, "subject": subject, "distance": finite(found.distance), "in_view": found.in_view}
             # Calibrated on held-out subjects, or not given: a guess would look like a promise.
-            found |= {"error_mm": None, "confidence": None, "residual_mm": _finite(place.residual_mm), "cycle_mm": back}
+            row |= {"error_mm": None, "confidence": None}
+            row |= {"residual_mm": finite(found.residual_mm), "cycle_mm": found.cycle_mm}
             for name, values in columns.items():
-                values.append(found[name])
+                values.append(row[name])
         return columns
 
     def _place_columns(self, scan: str, at: Point, space: Space) -> dict[str, Any]:
@@ -398,5 +409,6 @@ def _text(at: Point) -> str:
     return "(" + ", ".join(f"{round(v, 1) + 0.0:.1f}" for v in at) + ")"
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """A number, or None where there is none."""
     return value if np.isfinite(value) else None

@@ -22,6 +22,7 @@ from isimed_cli import (
     index,
     plot,
     pretrain,
+    propagate,
     query,
     register,
     similar,
@@ -34,7 +35,7 @@ __all__ = ["app", "main"]
 
 # Importing a module registers its commands.
 COMMANDS = (
-    *(add, register, pretrain, encoders, index, query, similar, sql, store, evaluate, plot),
+    *(add, register, pretrain, encoders, index, query, propagate, similar, sql, store, evaluate, plot),
     *(change, check, exchange, doctor, demo),
 )
 
