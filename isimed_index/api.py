@@ -449,6 +449,7 @@ class Store:
         cycle: bool = False,
         exact: bool = False,
         encoder: str | None = None,
+        min_confidence: float | None = None,
     ) -> Matches:
         """The same anatomy in every other scan: one best match per scan, ranked by descriptor distance.
 
@@ -460,10 +461,11 @@ class Store:
             same_subject: what to do with other scans of the query's own subject.
             cycle: match every answer back and report the distance in `cycle_mm`.
             exact: accepted for symmetry with `search_patches`; this answer never uses an approximate index.
+            min_confidence: leave out answers whose `confidence` is less, or not known.
         """
         from isimed_index.lookup import Question
 
-        question = Question(k, where, within_mm, same_subject, cycle)
+        question = Question(k, where, within_mm, same_subject, cycle, min_confidence)
         lookup = self._lookup(encoder)
         return lookup.nearest(self._source(lookup, scan), _triple(point), space, question)
 

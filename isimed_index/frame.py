@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isimed_index.calibration import Calibration
 from isimed_index.consensus import agreement, fit_pair
 from isimed_index.contracts import conform
 from isimed_index.errors import NotFound, StoreDamaged
@@ -27,6 +28,7 @@ from isimed_index.space import Affine, apply_affine, inverse
 from isimed_index.store.place.faults import numbered
 
 FRAME, CHARTS, TEMPLATE, MASK = "frame.json", "charts.parquet", "template.npy", "template_mask.npy"
+CALIBRATION = "calibration.json"  # only where answers were calibrated
 SMALLEST, LARGEST = 0.25, 4.0  # volume of one body against another's: a chart outside of these fits nothing
 MATCHED_MM = 8.0  # about the spacing of the points that are matched: closer ones tell the same again
 WINDOW_MM = 4.0  # about the spacing of a template: windows around where a chart points are as wide as five of it
@@ -62,6 +64,7 @@ class Frame:
     """One encoder's canonical frame.
 
     `awaited` is how many scans had no chart yet when it was committed, because charts are fitted group by group.
+    `calibration` is what answers are off by; None where that was not measured.
     """
 
     encoder: str
@@ -69,6 +72,7 @@ class Frame:
     template: Lattice  # in canonical mm
     charts: Mapping[str, Chart]
     awaited: int = 0
+    calibration: Calibration | None = None
 
 
 def fit_frame(
@@ -197,6 +201,8 @@ def _corners(lattice: Lattice) -> Points:
 def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None = None) -> None:
     """Write a frame as `frame.json`, `charts.parquet`, `template.npy` (float16) and `template_mask.npy`.
 
+    A calibration becomes `calibration.json` beside them.
+
     `voxels` says by scan id to which artefact each chart was fitted.
     """
     import pyarrow as pa
@@ -224,6 +230,8 @@ def write_frame(directory: Path, frame: Frame, voxels: Mapping[str, str] | None 
         "awaited": frame.awaited,
     }
     (directory / FRAME).write_text(json.dumps(content), encoding="utf-8")
+    if frame.calibration is not None:
+        (directory / CALIBRATION).write_text(json.dumps(frame.calibration.to_json()), encoding="utf-8")
 
 
 def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Frame:
@@ -249,6 +257,12 @@ def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Fram
                 continue
             known = row["residual_mm"], row["matches"], row["agreement"], row.get("stride_mm")
             charts[row["scan"]] = Chart(affine, *known)
-        return Frame(content["encoder"], standard, template, charts, int(content.get("awaited", 0)))
+        awaited = int(content.get("awaited", 0))
+        return Frame(content["encoder"], standard, template, charts, awaited, _read_calibration(directory))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error
+
+
+def _read_calibration(directory: Path) -> Calibration | None:
+    file = directory / CALIBRATION
+    return Calibration.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

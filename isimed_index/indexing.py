@@ -1,7 +1,7 @@
 """`index`: encode what is not encoded yet, give every scan a chart, build an index whose recall is measured.
 
-scans − committed tasks ─▶ encode ─▶ commit what has ended, while others go on ─▶ charts ─▶ commit ─▶ regions ─▶
-    commit ─▶ index ─▶ commit
+scans − committed tasks ─▶ encode ─▶ commit what has ended, while others go on ─▶ charts ─▶ commit ─▶
+    calibration ─▶ commit ─▶ regions ─▶ commit ─▶ index ─▶ commit
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from isimed_index.calibrating import commit_calibration
 from isimed_index.charting import commit_frame, some_of
 from isimed_index.encode import (
     Encoded,
@@ -336,11 +337,12 @@ def _commit_segments(transaction: Transaction, head: Snapshot, results: Sequence
 def _commit_frame_and_regions(
     transaction: Transaction, card: EncoderCard, progress: Progress, *, refit: bool = False
 ) -> None:
-    """A frame, and regions that are measured by it: both again when another process takes one of them away."""
+    """A frame, its calibration, and regions by it: all again when another process takes one of them away."""
     done = False
     while not done:
         commit_frame(transaction, card, progress, refit=refit)
         refit = False
+        commit_calibration(transaction, card, progress)
         done = commit_regions(transaction, card, progress)
 
 

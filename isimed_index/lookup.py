@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isimed_index.calibration import Around, Expected
 from isimed_index.charting import some_of
 from isimed_index.consensus import local_affine
 from isimed_index.encoders.card import EncoderCard, read_card
@@ -40,7 +41,16 @@ MAX_SHIFT_MM = 30.0  # a local fit that leaves the chart by more than this is no
 Point = NDArray[np.float64]  # (3,) RAS+ mm
 
 _PLACE_COLUMNS = ("scan", "subject", "x_mm", "y_mm", "z_mm", "voxel", "distance")
-_MATCH_COLUMNS = (*_PLACE_COLUMNS, "error_mm", "confidence", "in_view", "residual_mm", "cycle_mm", "label")
+_MATCH_COLUMNS = (
+    *_PLACE_COLUMNS,
+    "error_mm",
+    "error_95_mm",
+    "confidence",
+    "in_view",
+    "residual_mm",
+    "cycle_mm",
+    "label",
+)
 _PATCH_COLUMNS = ("patch", *_PLACE_COLUMNS, "label")
 
 
@@ -53,12 +63,22 @@ class Question:
     within_mm: float | None = None
     same_subject: SameSubject = "exclude"
     cycle: bool = False
+    min_confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UsageError(f"expected k of at least 1, found {self.k}")
         if self.within_mm is not None and not self.within_mm > 0:
             raise UsageError(f"expected --within above 0 mm, found {self.within_mm:g}")
+        if self.min_confidence is not None and not 0 <= self.min_confidence <= 1:
+            raise UsageError(f"expected --min-confidence of 0 to 1, found {self.min_confidence:g}")
+
+    def keeps(self, found: Found) -> bool:
+        """Whether an answer is near and sure enough."""
+        near = self.within_mm is None or found.away_mm <= self.within_mm
+        if self.min_confidence is None:
+            return near
+        return near and found.expected is not None and found.expected.confidence >= self.min_confidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +139,17 @@ class Found:
     residual_mm: float
     away_mm: float
     in_view: bool
+    expected: Expected | None = None  # what it is off by, where that is known
     cycle_mm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """A point of a scan, RAS+ mm, the descriptor (d,) there, and what answers are off by around that place."""
+
+    at: Point
+    vector: Vectors
+    around: Around | None
 
 
 class Lookup:
@@ -173,8 +203,12 @@ class Lookup:
     def lattice(self, scan: str) -> Lattice:
         """A stored scan's vectors on their lattice."""
         if scan not in self._lattices:
-            self._lattices[scan] = read_lattice(self.segments[scan], self.card.match_output, self.frame.standard)
+            self._lattices[scan] = self.read(scan)
         return self._lattices[scan]
+
+    def read(self, scan: str) -> Lattice:
+        """The same, which is not kept: for work on all scans of a store, whose vectors may not fit into memory."""
+        return read_lattice(self.segments[scan], self.card.match_output, self.frame.standard)
 
     def stored(self, scan: str) -> StoredScan:
         """A stored scan's voxels, labels and affine, read when they are asked for."""
@@ -190,13 +224,14 @@ class Lookup:
             self._geometries[scan] = read_geometry(self.segments[scan])
         return self._geometries[scan]
 
-    def source(self, scan: str) -> Source:
-        """A stored scan as the place of a question."""
+    def source(self, scan: str, lattice: Lattice | None = None) -> Source:
+        """A stored scan as the place of a question, with its lattice where that was read already."""
         row = self.snapshot.scan_row(scan)
         if scan not in self.segments:
             lacks = "has no chart in the frame of" if scan in self._encoded_scans else "is not encoded by"
             raise NotFound(f"scan {scan!r} {lacks} {self.card.name!r}", next_step="run isimed index")
-        return Source(scan, row["subject"], self.geometry(scan), self.lattice(scan), self.frame.charts[scan])
+        lattice = self.lattice(scan) if lattice is None else lattice
+        return Source(scan, row["subject"], self.geometry(scan), lattice, self.frame.charts[scan])
 
     def source_of_file(self, path: Path, device: str = "auto") -> Source:
         """A file as the place of a question: its stored copy, or read, encoded and charted afresh (needs torch).
@@ -226,12 +261,17 @@ class Lookup:
     def nearest(self, source: Source, point: Sequence[float], space: Space, question: Question) -> Matches:
         """One best match per scan, ranked by descriptor distance; scans that do not show the place come last."""
         at = source.point_mm(point, space)
-        asked = self.descriptor(source, at)
+        sought = self.sought(source, at)
         self.warn_if_odd(source)
+        if question.min_confidence is not None and self.frame.calibration is None:
+            raise UsageError(
+                "there is no confidence to choose by: answers of this encoder are not calibrated",
+                next_step="isimed add --labels for subjects that it was not trained on, then isimed index",
+            )
         rows: list[tuple[str, str, Found]] = []
         for scan, subject in self.targets(source, question):
-            found = self.find(source, at, asked, scan, self.lattice(scan), cycle=question.cycle)
-            if question.within_mm is None or found.away_mm <= question.within_mm:
+            found = self.find(source, sought, scan, self.lattice(scan), cycle=question.cycle)
+            if question.keeps(found):
                 rows.append((scan, subject, found))
         rows.sort(key=lambda row: (not row[2].in_view, row[2].distance, row[0]))
         return Matches(self._columns(rows[: question.k], space), self._asked(source, at))
@@ -241,7 +281,7 @@ class Lookup:
     ) -> Matches:
         """The raw nearest stored patches, several of which may be in one scan."""
         at = source.point_mm(point, space)
-        asked = self.frame.standard.raw(self.descriptor(source, at)[None])
+        asked = self.frame.standard.raw(self._descriptor(source, at)[None])
         targets = dict(self.targets(source, question))
         among = self._rows_within(source, at, targets, question.within_mm)
         hits = self.neighbours.index.search(asked, question.k, among, exact=exact)
@@ -257,22 +297,30 @@ class Lookup:
                 stacklevel=4,
             )
 
-    def find(
-        self, source: Source, at: Point, asked: Vectors, scan: str, lattice: Lattice, *, cycle: bool = False
-    ) -> Found:
-        """Where a point of `source` (RAS+ mm), whose descriptor is `asked`, lies in a scan with this lattice."""
-        chart = self.frame.charts[scan]
+    def sought(self, source: Source, at: Point) -> Sought:
+        """A point of `source`, RAS+ mm, as it is looked for in others."""
+        calibration = self.frame.calibration
+        around = None
+        if calibration is not None and source.chart.holds:
+            around = calibration.around(apply_affine(source.chart.affine, at))
+        return Sought(at, self._descriptor(source, at), around)
+
+    def find(self, source: Source, sought: Sought, scan: str, lattice: Lattice, *, cycle: bool = False) -> Found:
+        """Where a point of `source` lies in a scan, whose lattice is given."""
+        chart, at = self.frame.charts[scan], sought.at
         there, residual = follow(at, source.lattice, source.chart, lattice, chart)
         vectors, weight = lattice.sample(there[None])
-        distance = float(self.frame.standard.distance(asked[None], vectors)[0]) if weight[0] > 0 else float("inf")
-        expected = apply_affine(source.chart.affine, at)
-        away = float(np.linalg.norm(apply_affine(chart.affine, there) - expected))
+        distance = float("inf")
+        if weight[0] > 0:
+            distance = float(self.frame.standard.distance(sought.vector[None], vectors)[0])
+        away = apply_affine(chart.affine, there) - apply_affine(source.chart.affine, at)
         seen = source.chart.holds and chart.holds and self.geometry(scan).holds(there)
+        expected = sought.around.expected(residual) if seen and sought.around is not None else None
         came_back = None
         if cycle:
             back, _ = follow(there, lattice, chart, source.lattice, source.chart)
             came_back = float(np.linalg.norm(back - at))
-        return Found(there, distance, residual, away, seen, came_back)
+        return Found(there, distance, residual, float(np.linalg.norm(away)), seen, expected, came_back)
 
     def targets(self, source: Source, question: Question) -> list[tuple[str, str]]:
         """Scans that may answer, with their subjects."""
@@ -291,7 +339,7 @@ class Lookup:
                 chosen.append((scan, subject))
         return chosen
 
-    def descriptor(self, source: Source, at: Point) -> Vectors:
+    def _descriptor(self, source: Source, at: Point) -> Vectors:
         """The unit vector (d,) at a point, between the stored patches, or of the nearest one."""
         vectors, weight = source.lattice.sample(at[None])
         if weight[0] > 0:
@@ -313,8 +361,7 @@ class Lookup:
         for scan, subject, found in rows:
             row = self._place_columns(scan, found.xyz_mm, space)
             row |= {"scan": scan, "subject": subject, "distance": finite(found.distance), "in_view": found.in_view}
-            # Calibrated on held-out subjects, or not given: a guess would look like a promise.
-            row |= {"error_mm": None, "confidence": None}
+            row |= expectation(found)
             row |= {"residual_mm": finite(found.residual_mm), "cycle_mm": found.cycle_mm}
             for name, values in columns.items():
                 values.append(row[name])
@@ -407,6 +454,13 @@ def _span(corners: NDArray[np.float64]) -> str:
 
 def _text(at: Point) -> str:
     return "(" + ", ".join(f"{round(v, 1) + 0.0:.1f}" for v in at) + ")"
+
+
+def expectation(found: Found) -> dict[str, float | None]:
+    """The columns that say what an answer is off by: calibrated on held-out subjects, or empty."""
+    known = found.expected
+    names = ("error_mm", "error_95_mm", "confidence")
+    return {name: None if known is None else float(getattr(known, name)) for name in names}
 
 
 def finite(value: float) -> float | None:

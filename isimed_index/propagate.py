@@ -17,8 +17,7 @@ from isimed_index.exchange.folder import becoming
 from isimed_index.in_order import in_order
 from isimed_index.ingest.report import Refusal
 from isimed_index.landmarks import Landmarks, markups_text
-from isimed_index.lattice import Vectors, read_lattice
-from isimed_index.lookup import Found, Lookup, Question, Source, finite
+from isimed_index.lookup import Found, Lookup, Question, Sought, Source, expectation, finite
 from isimed_index.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 TABLE = "landmarks.csv"
 _COLUMNS = (
-    *("scan", "name", "x_mm", "y_mm", "z_mm", "error_mm", "confidence", "in_view"),
+    *("scan", "name", "x_mm", "y_mm", "z_mm", "error_mm", "error_95_mm", "confidence", "in_view"),
     *("distance", "residual_mm", "cycle_mm"),
 )
 _PLAIN = " ()[]+,=@"  # characters that a file of that name keeps, beside letters, digits and _.-~
@@ -89,7 +88,7 @@ def propagate(
     A landmark outside the scan is refused by name and the rest goes on; `UsageError` when none is left, or no scan.
     """
     progress = progress or Silent()
-    asked: dict[str, tuple[NDArray[np.float64], Vectors]] = {}
+    asked: dict[str, Sought] = {}
     step = "place it in 3D Slicer"
     refused = [Refusal(name, "usage", "the landmark has no position", step) for name in landmarks.unplaced]
     for name, point in landmarks.points.items():
@@ -98,7 +97,7 @@ def propagate(
         except OutsideScan as error:
             refused.append(Refusal.of(name, error))
         else:
-            asked[name] = at, lookup.descriptor(source, at)
+            asked[name] = lookup.sought(source, at)
     if not asked:
         raise OutsideScan(
             f"none of {len(landmarks.points)} landmarks lies in the scan: {refused[0].name}: {refused[0].reason}",
@@ -110,9 +109,8 @@ def propagate(
         raise UsageError("no scan is left to propagate to", next_step="widen --to, or isimed index with more scans")
 
     def found_in(scan: str) -> list[Found]:
-        # Not by the lookup's own memory, which would hold the vectors of all scans in the end.
-        lattice = read_lattice(lookup.segments[scan], lookup.card.match_output, lookup.frame.standard)
-        return [lookup.find(source, at, vector, scan, lattice, cycle=question.cycle) for at, vector in asked.values()]
+        lattice = lookup.read(scan)
+        return [lookup.find(source, sought, scan, lattice, cycle=question.cycle) for sought in asked.values()]
 
     rows: list[tuple[Any, ...]] = []
     progress.start("propagate", len(scans), "scans")
@@ -128,4 +126,4 @@ def propagate(
 def _row(scan: str, name: str, found: Found) -> tuple[Any, ...]:
     x, y, z = map(float, found.xyz_mm)
     known = found.in_view, finite(found.distance), finite(found.residual_mm), found.cycle_mm
-    return scan, name, x, y, z, None, None, *known
+    return scan, name, x, y, z, *expectation(found).values(), *known

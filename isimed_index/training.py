@@ -19,7 +19,7 @@ from typing import Any
 from filelock import Timeout
 
 from isimed_index.config import PretrainConfig, naming_fields
-from isimed_index.encoders.card import LONGEST_NAME, EncoderCard, is_name, read_card
+from isimed_index.encoders.card import LONGEST_NAME, RUN, EncoderCard, is_name, read_card
 from isimed_index.encoders.runtime import write_encoder
 from isimed_index.errors import IsimedNote, StoreDamaged, StoreLocked, TrainingWarning, UsageError
 from isimed_index.pretrain import checkpoint
@@ -39,7 +39,6 @@ from isimed_index.store.transaction import Proposal
 from isimed_index.store.transforms import transforms_to
 
 _LOCK = "run.lock"
-_RUN = "run.json"  # beside an encoder's card: which training it is the result of
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,8 @@ def pretrain(repository: Repository, scans: Sequence[str], training: Training, p
                 processes=processes,
                 progress=progress,
             )
-            return _stored_by_first(repository, trained, run, processes)
+            voxels = [head.voxels_of[scan] for scan in scans]
+            return _stored_by_first(repository, trained, run, voxels, processes)
 
 
 @contextmanager
@@ -155,15 +155,17 @@ def _finished(head: Snapshot, run: Path) -> EncoderCard | None:
     for artefact in reversed(head.artefacts("encoder")):
         with suppress(StoreDamaged, OSError, ValueError, KeyError, TypeError):  # of others, which are not asked for
             directory = head.verified(artefact)
-            if json.loads((directory / _RUN).read_text(encoding="utf-8"))["run"] == run.name:
+            if json.loads((directory / RUN).read_text(encoding="utf-8"))["run"] == run.name:
                 return read_card(directory)
     return None
 
 
-def _stored_by_first(repository: Repository, trained: Trained, run: Path, processes: Processes) -> EncoderCard:
+def _stored_by_first(
+    repository: Repository, trained: Trained, run: Path, voxels: Sequence[str], processes: Processes
+) -> EncoderCard:
     card = None
     if processes.first:
-        card = _commit(repository, trained, run.name)
+        card = _commit(repository, trained, run.name, voxels)
         shutil.rmtree(run)
         if card.name != trained.card.name:
             warnings.warn(f"there already: {card.id} · {card.name}", TrainingWarning, stacklevel=4)
@@ -190,13 +192,13 @@ def _tell_of_namesakes(repository: Repository, card: EncoderCard) -> None:
         )
 
 
-def _commit(repository: Repository, trained: Trained, run: str) -> EncoderCard:
-    """Store the encoder; returns its card, with the name of the one that is there where the store has it already."""
+def _commit(repository: Repository, trained: Trained, run: str, voxels: Sequence[str]) -> EncoderCard:
+    """Store the encoder, and the paths of the `voxels` it was shown; returns its card, with the name that is stored."""
     with repository.transaction("pretrain") as transaction:
         directory = transaction.stage("encoder")
         card = write_encoder(directory, trained.card, trained.state)
         shutil.copyfile(trained.metrics, directory / "metrics.jsonl")
-        (directory / _RUN).write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        (directory / RUN).write_text(json.dumps({"run": run, "voxels": sorted(voxels)}) + "\n", encoding="utf-8")
         artefact = transaction.add("encoder", directory, encoder=card.id)
         known: list[str] = []
 

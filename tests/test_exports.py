@@ -29,7 +29,9 @@ SIGNATURES = {
     "register": "to=None, kind='rigid', rounds=2, where=None, workers=1, redo=False, progress=None",
     "transform": "scan, reference=None, kind=None",
     "lookup": "point, scan, space='ras', k=10, where=None, within_mm=None, same_subject='exclude', cycle=False, "
-    "exact=False, encoder=None",
+    "exact=False, encoder=None, min_confidence=None",
+    "propagate": "landmarks, scan, space=None, where=None, same_subject='include', cycle=False, encoder=None, "
+    "progress=None",
     "search": "vectors, k=10, where=None, within=None, exact=False, encoder=None",
     "search_like": "patches, k=10, where=None, within=None, same_subject='exclude', exact=False, encoder=None",
     "search_pairs": "k=10, of=None, where=None, within=None, same_subject='exclude', exact=False, encoder=None",

@@ -10,6 +10,7 @@ import typer
 
 from isimed_cli.app import Session, command
 from isimed_cli.options import EncoderOption, PointOption, SameSubject, ScanOption, Space, SpaceOption, WhereOption
+from isimed_index.errors import UsageError
 
 
 @command(
@@ -32,6 +33,10 @@ def query(
     same_subject: Annotated[
         SameSubject, typer.Option(help="Other scans of the query's own subject.")
     ] = SameSubject.EXCLUDE,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0.0, max=1.0, help="Only answers that are off by less than 10 mm this surely."),
+    ] = None,
     cycle: Annotated[bool, typer.Option("--cycle", help="Also match back and report cycle_mm.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Search every patch, without the index.")] = False,
     encoder: EncoderOption = None,
@@ -47,12 +52,18 @@ def query(
     One best match per scan, ranked; with --patches the nearest patches, several of which may be in one scan.
     x_mm, y_mm, z_mm are RAS+ mm whatever --space is; with another --space, the columns x, y, z hold the answer in it,
     and the column space names it. A label without a name reads 'label 87'. A file that is in the store already, by
-    content, is asked as its stored copy.
+    content, is asked as its stored copy. Radii of error_mm and error_95_mm hold 68 and 95 % of such answers, and
+    confidence is the probability of an error below 10 mm: measured on labelled subjects that the encoder was not
+    trained on, and empty where there were too few of them, or none of their labels is near.
     """
+    from functools import partial
+
     from isimed_cli.render import show_table
 
     store = session.open(mode="r" if keep is None else "a")
-    ask = store.search_patches if patches else store.lookup
+    if patches and min_confidence is not None:
+        raise UsageError("raw patches have no confidence", next_step="leave out --min-confidence or --patches")
+    ask = store.search_patches if patches else partial(store.lookup, min_confidence=min_confidence)
     matches = ask(
         point=point,
         scan=scan,
@@ -69,7 +80,8 @@ def query(
     if isinstance(scan, Path) and matches.source is not None:
         session.note(f"{scan.name} is in the store as {matches.source}: its stored copy is asked")
     if not table.num_rows:
-        limits = [name for name, value in (("--where", where), ("--within", within)) if value is not None]
+        asked = {"--where": where, "--within": within, "--min-confidence": min_confidence}
+        limits = [name for name, value in asked.items() if value is not None]
         session.note(nothing_found(same_subject, limits))
     if keep is not None and table.num_rows:
         store.keep(matches, keep)

@@ -19,6 +19,7 @@ from isimed_index.scans.prepare import Intensity
 CARD = "card.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
+RUN = "run.json"  # beside a card: which training it is the result of, and which stored voxels it was shown
 LONGEST_NAME = 200  # characters
 AXES = "RAS"  # of stored volumes, and so of the patches that an encoder is shown
 Pool = Literal["mean", "centre"]

@@ -207,10 +207,15 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "precision": "bf16",
         },
     ),
-    ("query --point -12,-40,88 --scan a", "lookup", (), {**QUERY, "point": (-12.0, -40.0, 88.0), "scan": "a"}),
+    (
+        "query --point -12,-40,88 --scan a",
+        "lookup",
+        (),
+        {**QUERY, "point": (-12.0, -40.0, 88.0), "scan": "a", "min_confidence": None},
+    ),
     (
         "query --point=-1.5,2e1,0 --scan b.nii.gz --space lps -k 3 --where nx>3 --within 20 --same-subject only "
-        "--cycle --exact --encoder first",
+        "--cycle --exact --encoder first --min-confidence 0.5",
         "lookup",
         (),
         {
@@ -222,6 +227,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
             "within_mm": 20.0,
             "same_subject": "only",
             "cycle": True,
+            "min_confidence": 0.5,
             "exact": True,
             "encoder": "first",
         },

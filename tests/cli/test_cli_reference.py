@@ -36,6 +36,7 @@ def test_the_example_parses(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "images" / "participants.tsv").touch()
     (tmp_path / "cohort-export").mkdir()  # which the example of `isimed export` leaves
     (tmp_path / "tiny-encoder").mkdir()  # and that of `isimed encoders export`
+    (tmp_path / "lesions.mrk.json").touch()  # what a user brings to `isimed propagate`
     words = shlex.split(EXAMPLES[name])
     named = 1 + len(name.split())
     assert words[:named] == ["isimed", *name.split()]
