@@ -84,8 +84,10 @@ class Matches:
 def _types() -> dict[str, Any]:
     import pyarrow as pa
 
-    real = ("x_mm", "y_mm", "z_mm", "x", "y", "z", "distance", "residual_mm", "cycle_mm")
-    real += ("error_mm", "error_95_mm", "confidence")
+    real = (
+        *("x_mm", "y_mm", "z_mm", "x", "y", "z", "distance", "residual_mm", "cycle_mm"),
+        *("error_mm", "error_95_mm", "confidence"),
+    )
     text = ("scan", "subject", "label", "space")
     return (
         dict.fromkeys(real, pa.float64())
