@@ -709,12 +709,17 @@ class Store:
         return self.sql("SELECT * FROM generations ORDER BY generation")
 
     def info(self) -> dict[str, Any]:
-        """What the store holds, in numbers; `awaited` are encoded scans without a chart: how many, and some by name."""
-        from isimed_index.charting import NAMED, uncharted
+        """What the store holds, in numbers.
+
+        `awaited` are encoded scans without a chart: how many, and some by name. `calibrated` are the encoders whose
+        answers have an error in mm, and from how many subjects it was measured.
+        """
+        from isimed_index.charting import NAMED, calibrated_from, uncharted
 
         snapshot = self.snapshot
         encoded = dict.fromkeys(artefact.fields["encoder"] for artefact in snapshot.artefacts("segment"))
         awaited = {encoder: uncharted(snapshot, encoder) for encoder in encoded}
+        calibrated = {encoder: calibrated_from(snapshot, encoder) for encoder in encoded}
         return {
             "store": self._repository.storage.name,
             "generation": snapshot.generation,
@@ -730,6 +735,9 @@ class Store:
                 {"encoder": encoder, "scans": len(scans), "named": scans[:NAMED]}
                 for encoder, scans in awaited.items()
                 if scans
+            ],
+            "calibrated": [
+                {"encoder": encoder, "subjects": subjects} for encoder, subjects in calibrated.items() if subjects
             ],
             "bytes": sum(artefact.bytes for artefact in snapshot.manifest.artefacts),
         }

@@ -28,6 +28,7 @@ from isimed_index.frame import (
     extend_frame,
     fit_frame,
     median_scan,
+    read_calibration,
     read_frame,
     without_patches,
     write_frame,
@@ -187,6 +188,15 @@ def uncharted(snapshot: Snapshot, encoder_id: str) -> list[str]:
         path = snapshot.frame_path(encoder_id) if encoded else None
         charts = {} if path is None else read_frame(path, snapshot.voxels_of).charts
     return [scan for scan in encoded if scan not in charts]
+
+
+def calibrated_from(snapshot: Snapshot, encoder_id: str) -> int:
+    """From how many subjects it is known what an encoder's answers are off by; 0 where that was not measured."""
+    with suppress(StoreDamaged):
+        path = snapshot.frame_path(encoder_id)
+        calibration = None if path is None else read_calibration(path)
+        return 0 if calibration is None else calibration.subjects
+    return 0
 
 
 def some_of(scans: Sequence[str]) -> str:

@@ -258,11 +258,12 @@ def read_frame(directory: Path, voxels: Mapping[str, str] | None = None) -> Fram
             known = row["residual_mm"], row["matches"], row["agreement"], row.get("stride_mm")
             charts[row["scan"]] = Chart(affine, *known)
         awaited = int(content.get("awaited", 0))
-        return Frame(content["encoder"], standard, template, charts, awaited, _read_calibration(directory))
+        return Frame(content["encoder"], standard, template, charts, awaited, read_calibration(directory))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged("the canonical frame cannot be read", next_step="isimed index") from error
 
 
-def _read_calibration(directory: Path) -> Calibration | None:
+def read_calibration(directory: Path) -> Calibration | None:
+    """What answers by the frame in `directory` are off by; None where that was not measured."""
     file = directory / CALIBRATION
     return Calibration.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

@@ -59,7 +59,8 @@ class Propagated:
         """Write a new folder: `landmarks.csv`, and `SCAN.mrk.json` for 3D Slicer of every scan.
 
         It appears whole or not at all; `UsageError` where something is there already. In the files of 3D Slicer a
-        landmark that is not in view is missing; a scan's name is percent-encoded where it is no name of a file.
+        landmark that is not in view is missing, and the description of one that is says what it is off by, where that
+        is known; a scan's name is percent-encoded where it is no name of a file.
         """
         with becoming(out) as draft:
             draft.mkdir()
@@ -68,12 +69,16 @@ class Propagated:
                 table.writerow(self.columns)
                 table.writerows(zip(*self.columns.values(), strict=True))
             placed: dict[str, dict[str, NDArray[np.float64] | None]] = {scan: {} for scan in self.scans}
-            wanted = [self.columns[name] for name in ("scan", "name", "in_view", "x_mm", "y_mm", "z_mm")]
-            for scan, name, seen, *at in zip(*wanted, strict=True):
+            notes: dict[str, dict[str, str]] = {scan: {} for scan in self.scans}
+            radii = ("error_mm", "error_95_mm")
+            wanted = [self.columns[name] for name in ("scan", "name", "in_view", *radii, "x_mm", "y_mm", "z_mm")]
+            for scan, name, seen, near, far, *at in zip(*wanted, strict=True):
                 placed[scan][name] = np.array(at) if seen else None
+                if near is not None:
+                    notes[scan][name] = f"off by less than {near:.1f} mm (68 %), {far:.1f} mm (95 %)"
             for scan, points in placed.items():
                 file_name = f"{quote(scan, safe=_PLAIN)}.mrk.json"
-                (draft / file_name).write_text(markups_text(points), encoding="utf-8")
+                (draft / file_name).write_text(markups_text(points, notes[scan]), encoding="utf-8")
 
 
 def propagate(

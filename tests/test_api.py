@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from cohorts import COPIES, Cohort, add_random_encoder, tiny_scan
 from store_builders import finish, start
 
 import isimed_index as isi
+from isimed_index.encoders.card import RUN
 from isimed_index.errors import NotFound, StoreNotFound, UsageError
 
 
@@ -127,6 +129,9 @@ def test_pretrain_index_and_ask(cohort: Cohort, tmp_path: Path):
     card = store.pretrain(preset="tiny", config=config, epochs=1, name="few", where="subject = 'sub-01'", seed=3)
     assert (card.name, card.spacing_mm, card.training["seed"]) == ("few", 4.0, 3)
     assert not any((store.path / "tmp").iterdir())
+    shown = json.loads((store.snapshot.encoder_path(card.id) / RUN).read_text(encoding="utf-8"))["voxels"]
+    trained_on = {scan for scan, voxels in store.snapshot.voxels_of.items() if voxels in shown}
+    assert trained_on == {copy.stem for copy in COPIES[:3] if copy.stem.startswith("sub-01")}
     report = store.index(progress=progress)
     assert len(report.encoded) == progress.done["encode"] == 3
     assert dict(progress.tasks)["frame, round 2 of 2"] == progress.done["frame, round 2 of 2"] == 3

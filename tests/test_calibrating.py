@@ -55,6 +55,20 @@ def test_answers_say_what_they_are_off_by(calibrated: Path) -> None:
     assert {each["scan"]: each["error_mm"] for each in row} == told
 
 
+def test_files_for_3d_slicer_say_what_a_landmark_is_off_by(calibrated: Path, tmp_path: Path) -> None:
+    store = isi.open(calibrated, mode="r")
+    done = store.propagate({"here": tuple(POINT), "low": tuple(ASKED.moved([0.0, 0.0, -60.0]))}, ASKED.stem)
+    done.write(tmp_path / "found")
+    rows = done.to_arrow().to_pylist()
+    assert {row["name"] for row in rows if row["error_mm"] is not None} >= {"here"}
+    assert any(row["error_mm"] is None for row in rows)
+    for row in rows:
+        markups = json.loads((tmp_path / "found" / f"{row['scan']}.mrk.json").read_text(encoding="utf-8"))
+        said = {point["label"]: point["description"] for point in markups["markups"][0]["controlPoints"]}[row["name"]]
+        told = "" if row["error_mm"] is None else f"{row['error_mm']:.1f} mm (68 %), {row['error_95_mm']:.1f} mm (95 %)"
+        assert said.removeprefix("off by less than ") == told
+
+
 def test_what_is_not_in_view_has_no_error(calibrated: Path) -> None:
     store = isi.open(calibrated, mode="r")
     low = ASKED.moved([0.0, 0.0, -60.0])
@@ -86,6 +100,7 @@ def test_it_is_measured_once_and_stays_when_charts_are_added(calibrated: Path, m
     store.index()
     assert store.generation == generation
     assert frame_of(store).calibration.subjects == 5
+    assert store.info()["calibrated"] == [{"encoder": store.encoder().id, "subjects": 5}]
 
 
 def test_a_frame_that_is_fitted_anew_is_calibrated_anew(
@@ -105,6 +120,7 @@ def test_a_frame_that_is_fitted_anew_is_calibrated_anew(
 def test_too_few_subjects_give_no_error_rather_than_a_guess(cohort: Cohort) -> None:
     store = isi.open(cohort.store, mode="r")
     assert frame_of(store).calibration is None
+    assert store.info()["calibrated"] == []
     assert set(store.lookup(POINT, ASKED.stem).columns["error_mm"]) == {None}
     with pytest.raises(UsageError, match="not calibrated"):
         store.lookup(POINT, ASKED.stem, min_confidence=0.5)
