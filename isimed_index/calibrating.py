@@ -64,7 +64,8 @@ def commit_calibration(transaction: Transaction, card: EncoderCard, progress: Pr
 def held_out_landmarks(lookup: Lookup) -> dict[str, Points]:
     """The landmarks of labelled scans whose charts hold, by scan: one of each subject that trained nothing, at most 32.
 
-    A subject trained the encoder when one of its scans did, or when one is of the split `train`.
+    A subject trained the encoder when one of its scans did, or when one is of the split `train`. Where it is not known
+    what the encoder was shown, every subject may have trained it that has no split.
     """
     snapshot = lookup.snapshot
     landmarks: dict[str, dict[int, NDArray[np.float64]]] = {}
@@ -75,7 +76,11 @@ def held_out_landmarks(lookup: Lookup) -> dict[str, Points]:
     scans = snapshot.table("scans").select(["scan", "subject", "split"]).to_pylist()
     shown = _trained_on(snapshot, lookup.card)
     voxels = snapshot.voxels_of
-    seen = {row["subject"] for row in scans if row["split"] == "train" or voxels.get(row["scan"]) in shown}
+    seen = {row["subject"] for row in scans if row["split"] == "train"}
+    if shown is None:
+        seen |= {row["subject"] for row in scans if row["split"] is None}
+    else:
+        seen |= {row["subject"] for row in scans if voxels.get(row["scan"]) in shown}
     chosen: dict[str, str] = {}
     for row in sorted(scans, key=lambda row: str(row["scan"])):
         scan = row["scan"]
@@ -87,12 +92,12 @@ def held_out_landmarks(lookup: Lookup) -> dict[str, Points]:
     return {found[number]: landmarks[found[number]] for number in spread}
 
 
-def _trained_on(snapshot: Snapshot, card: EncoderCard) -> set[str]:
-    """The paths of the stored voxels that an encoder was trained on; none for those that came from elsewhere."""
+def _trained_on(snapshot: Snapshot, card: EncoderCard) -> set[str] | None:
+    """The paths of the stored voxels that an encoder was trained on; None where that is not known."""
     with suppress(StoreDamaged, OSError, ValueError, KeyError, TypeError):
         text = (snapshot.encoder_path(card.id) / RUN).read_text(encoding="utf-8")
         return set(json.loads(text)["voxels"])
-    return set()
+    return None
 
 
 def measure(lookup: Lookup, held_out: Mapping[str, Points], progress: Progress) -> Calibration | None:

@@ -22,6 +22,7 @@ from isimed_index.lookup import Lookup
 
 ASKED, HEAD_MM = COPIES[0], (12.0, 6.0, 15.0)  # at a small label
 POINT = ASKED.moved(HEAD_MM)
+TRAINED_ON = calibrating._trained_on
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,15 @@ def calibrated(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(cohort.store, path)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calibrating, "LEAST_SUBJECTS", 5)
+        patched.setattr(calibrating, "_trained_on", lambda *_: set())
         isi.open(path).index()
     return path
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cohort's encoder is drawn, not trained: it was shown nothing."""
+    monkeypatch.setattr(calibrating, "_trained_on", lambda *_: set())
 
 
 def frame_of(store: Store):
@@ -137,7 +145,9 @@ def test_subjects_that_were_trained_on_measure_nothing(cohort: Cohort, monkeypat
     assert held_out == everyone - {"sub-01"}
 
 
-def test_subjects_of_the_split_train_measure_nothing(cohort: Cohort, tmp_path: Path) -> None:
+def test_subjects_of_the_split_train_measure_nothing(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = tmp_path / "split.csv"
     table.write_text("subject,split\nsub-02,train\nsub-03,test\n", encoding="utf-8")
     store = isi.create(tmp_path / "store")
@@ -150,6 +160,9 @@ def test_subjects_of_the_split_train_measure_nothing(cohort: Cohort, tmp_path: P
     subjects = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
     assert "sub-02" not in subjects
     assert {"sub-01", "sub-03"} <= subjects
+    monkeypatch.setattr(calibrating, "_trained_on", TRAINED_ON)  # of a foreign encoder nothing is known
+    subjects = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
+    assert subjects == {"sub-03"}
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
