@@ -121,13 +121,13 @@ class Calibration:
         return Around(self, errors[order], (total - share / 2) / total[-1])
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored; errors to 1 µm."""
+        """As it is stored, exactly: a store answers as the process that calibrated it."""
         return {
             "subjects": self.subjects,
             "questions": self.questions,
-            "places_mm": self.places_mm.round(3).tolist(),
+            "places_mm": self.places_mm.tolist(),
             "counts": self.counts.tolist(),
-            "errors_mm": self.errors_mm.round(3).tolist(),
+            "errors_mm": self.errors_mm.tolist(),
             "slope": self.slope,
             "typical_mm": self.typical_mm,
         }
