@@ -42,7 +42,7 @@ QUERIES = [
     "FROM (SELECT patch FROM patches OFFSET 5) LIMIT 3",
     "SELECT * FROM patches LIMIT 0",
     "SELECT unnest([patch, 10]) FROM patches LIMIT 5",
-    "SUMMARIZE patches",
+    "SELECT * REPLACE (round(avg::DOUBLE, 9) AS avg, round(std::DOUBLE, 9) AS std) FROM (SUMMARIZE patches)",
     "DESCRIBE patches",
     "SHOW TABLES",
     "SELECT * FROM query('SELECT x_mm FROM patches ORDER BY 1')",
@@ -90,6 +90,18 @@ def test_the_answer_is_that_of_a_whole_table(
     whole = snapshot.sql(query)
     monkeypatch.setattr(patches, "LARGE_ROWS", 1)
     assert snapshot.sql(query).equals(whole)
+
+
+def test_a_summary_is_that_of_a_whole_table(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the last digit of a deviation, which is that of the threads that summed it."""
+
+    def summary() -> tuple[list[float | None], dict[str, list[Any]]]:
+        columns = repository.snapshot().sql("SUMMARIZE patches").to_pydict()
+        return [text and float(text) for text in columns.pop("std")], columns
+
+    deviations, others = summary()
+    monkeypatch.setattr(patches, "LARGE_ROWS", 1)
+    assert summary() == (pytest.approx(deviations, rel=1e-12), others)
 
 
 @pytest.mark.parametrize("query", REFUSED)
