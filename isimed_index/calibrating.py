@@ -74,7 +74,7 @@ def held_out_landmarks(lookup: Lookup) -> dict[str, Points]:
             at = np.array([row["x_mm"], row["y_mm"], row["z_mm"]])
             landmarks.setdefault(row["scan"], {})[row["label"]] = at
     scans = snapshot.table("scans").select(["scan", "subject", "split"]).to_pylist()
-    shown = _trained_on(snapshot, lookup.card)
+    shown = trained_on_voxels(snapshot, lookup.card)
     voxels = snapshot.voxels_of
     seen = {row["subject"] for row in scans if row["split"] == "train"}
     if shown is None:
@@ -92,7 +92,7 @@ def held_out_landmarks(lookup: Lookup) -> dict[str, Points]:
     return {found[number]: landmarks[found[number]] for number in spread}
 
 
-def _trained_on(snapshot: Snapshot, card: EncoderCard) -> set[str] | None:
+def trained_on_voxels(snapshot: Snapshot, card: EncoderCard) -> set[str] | None:
     """The paths of the stored voxels that an encoder was trained on; None where that is not known."""
     with suppress(StoreDamaged, OSError, ValueError, KeyError, TypeError):
         text = (snapshot.encoder_path(card.id) / RUN).read_text(encoding="utf-8")

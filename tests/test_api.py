@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from cohorts import COPIES, Cohort, add_random_encoder, tiny_scan
 from store_builders import finish, start
 
 import isimed_index as isi
-from isimed_index.encoders.card import RUN
+from isimed_index.calibrating import trained_on_voxels
 from isimed_index.errors import NotFound, StoreNotFound, UsageError
 
 
@@ -129,7 +128,7 @@ def test_pretrain_index_and_ask(cohort: Cohort, tmp_path: Path):
     card = store.pretrain(preset="tiny", config=config, epochs=1, name="few", where="subject = 'sub-01'", seed=3)
     assert (card.name, card.spacing_mm, card.training["seed"]) == ("few", 4.0, 3)
     assert not any((store.path / "tmp").iterdir())
-    shown = json.loads((store.snapshot.encoder_path(card.id) / RUN).read_text(encoding="utf-8"))["voxels"]
+    shown = trained_on_voxels(store.snapshot, card)
     trained_on = {scan for scan, voxels in store.snapshot.voxels_of.items() if voxels in shown}
     assert trained_on == {copy.stem for copy in COPIES[:3] if copy.stem.startswith("sub-01")}
     report = store.index(progress=progress)

@@ -22,7 +22,7 @@ from isimed_index.lookup import Lookup
 
 ASKED, HEAD_MM = COPIES[0], (12.0, 6.0, 15.0)  # at a small label
 POINT = ASKED.moved(HEAD_MM)
-TRAINED_ON = calibrating._trained_on
+TRAINED_ON = calibrating.trained_on_voxels
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def calibrated(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(cohort.store, path)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calibrating, "LEAST_SUBJECTS", 5)
-        patched.setattr(calibrating, "_trained_on", lambda *_: set())
+        patched.setattr(calibrating, "trained_on_voxels", lambda *_: set())
         isi.open(path).index()
     return path
 
@@ -40,7 +40,7 @@ def calibrated(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cohort's encoder is drawn, not trained: it was shown nothing."""
-    monkeypatch.setattr(calibrating, "_trained_on", lambda *_: set())
+    monkeypatch.setattr(calibrating, "trained_on_voxels", lambda *_: set())
 
 
 def frame_of(store: Store):
@@ -140,7 +140,7 @@ def test_subjects_that_were_trained_on_measure_nothing(cohort: Cohort, monkeypat
     everyone = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
     assert "sub-01" in everyone
     second = store.snapshot.voxels_of[COPIES[1].stem]  # the other session of the same subject
-    monkeypatch.setattr(calibrating, "_trained_on", lambda *_: {second})
+    monkeypatch.setattr(calibrating, "trained_on_voxels", lambda *_: {second})
     held_out = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
     assert held_out == everyone - {"sub-01"}
 
@@ -160,7 +160,7 @@ def test_subjects_of_the_split_train_measure_nothing(
     subjects = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
     assert "sub-02" not in subjects
     assert {"sub-01", "sub-03"} <= subjects
-    monkeypatch.setattr(calibrating, "_trained_on", TRAINED_ON)  # of a foreign encoder nothing is known
+    monkeypatch.setattr(calibrating, "trained_on_voxels", TRAINED_ON)  # of a foreign encoder nothing is known
     subjects = {store.snapshot.scan_row(scan)["subject"] for scan in held_out_landmarks(lookup)}
     assert subjects == {"sub-03"}
 
