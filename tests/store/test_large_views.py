@@ -93,15 +93,16 @@ def test_the_answer_is_that_of_a_whole_table(
 
 
 def test_a_summary_is_that_of_a_whole_table(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the last digit of a deviation, which is that of the threads that summed it."""
+    """Up to the last digits of a mean and a deviation, which are those of the threads that summed them."""
 
-    def summary() -> tuple[list[float | None], dict[str, list[Any]]]:
+    def summary() -> tuple[list[float], dict[str, list[Any]]]:
         columns = repository.snapshot().sql("SUMMARIZE patches").to_pydict()
-        return [text and float(text) for text in columns.pop("std")], columns
+        numbers = columns.pop("avg") + columns.pop("std")
+        return [float(text) for text in numbers if text is not None], columns
 
-    deviations, others = summary()
+    numbers, others = summary()
     monkeypatch.setattr(patches, "LARGE_ROWS", 1)
-    assert summary() == (pytest.approx(deviations, rel=1e-12), others)
+    assert summary() == (pytest.approx(numbers, rel=1e-12), others)
 
 
 @pytest.mark.parametrize("query", REFUSED)
